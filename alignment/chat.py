@@ -1,0 +1,115 @@
+"""From conversations to token ids: one way to render text for training, scoring and sampling alike.
+
+A reward model scores exactly the text it was trained on and a policy is prompted exactly as it was fine-tuned, because
+everything goes through these functions (the failure otherwise: scores of text built with another template, or without
+EOS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alignment.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+
+class TemplateError(UserError):
+    """The chat template cannot be used for training; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised conversation: `input_ids` and `labels`, both of length T; labels are -100 outside assistant turns."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids (length T) of a finished conversation, up to and including the last turn's EOS."""
+    ids = _render(tokenizer, messages, generation_prompt=False)
+    return ids[: _last(ids, tokenizer.eos_token_id) + 1]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation that the model is to continue: it ends with the assistant's opening."""
+    return _render(tokenizer, messages, generation_prompt=True)
+
+
+def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Example:
+    """Tokenise a conversation with the loss on assistant tokens only, each turn's EOS included.
+
+    The spans are found by rendering every prefix, so any template works whose rendering of a prefix is a prefix of the
+    whole rendering; no `{% generation %}` markers are needed.
+
+    Raises:
+        TemplateError: the template renders a prefix differently, or ends no assistant turn with EOS.
+    """
+    ids = _render(tokenizer, messages, generation_prompt=False)
+    eos = tokenizer.eos_token_id
+    labels = [IGNORE] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = len(_common_prefix(ids, _render(tokenizer, messages[:i], generation_prompt=True)))
+        if start != len(_render(tokenizer, messages[:i], generation_prompt=True)):
+            raise TemplateError(
+                "the chat template renders the start of a conversation differently from the whole; assistant tokens "
+                "cannot be told apart. Remedy: set base_model.chat_template to a template that only appends."
+            )
+        try:
+            end = ids.index(eos, start) + 1
+        except ValueError:
+            raise TemplateError(
+                f"the chat template does not end an assistant turn with EOS {tokenizer.eos_token!r}, so the model would "
+                "never learn to stop. Remedy: add eos_token to the template, or set the tokenizer's EOS to the token "
+                "that ends a turn."
+            ) from None
+        labels[start:end] = ids[start:end]
+    last = _last(ids, eos) + 1
+    return Example(ids[:last], labels[:last])
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation_prompt: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        _without_special_tokens(tokenizer, messages), tokenize=False, add_generation_prompt=generation_prompt
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _without_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]
+) -> list[dict[str, str]]:
+    # A text that spells a special token ("<|im_end|>") must not become one: it would end or open a turn. A zero-width
+    # space after its first character keeps it readable and makes it ordinary text.
+    specials = [t for t in tokenizer.all_special_tokens if len(t) > 1]
+    out = []
+    for message in messages:
+        content = message["content"]
+        for special in specials:
+            if special in content:
+                content = content.replace(special, special[0] + "\u200b" + special[1:])
+        out.append({"role": message["role"], "content": content})
+    return out
+
+
+def _common_prefix(a: list[int], b: list[int]) -> list[int]:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return a[:n]
+
+
+def _last(ids: list[int], token: int) -> int:
+    for i in range(len(ids) - 1, -1, -1):
+        if ids[i] == token:
+            return i
+    return len(ids) - 1

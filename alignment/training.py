@@ -1,0 +1,132 @@
+"""What every gradient-based stage shares: optimiser settings, trainer arguments, resuming, and the loss curve.
+
+Resuming is exact: N steps equal N/2 steps, a kill, and the rest, because the trainer's checkpoints hold optimiser,
+schedule, random states and data position, and a checkpoint that a kill cut short is never used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from alignment.fingerprint import layout
+from alignment.models import Config, resolve_dtype
+from alignment.progress import Log, last_complete_checkpoint, trainer_callback
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class OptimSettings(Config):
+    """One pass of gradient descent: how long, how fast, in what batches."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="Shape of the learning rate after warm-up"
+    )
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm")
+    batch_size: int = Field(8, ge=1, description="Rows per optimiser step")
+    micro_batch_size: int = Field(
+        8, ge=1, **layout("Rows in memory at once; batch_size / micro_batch_size steps are accumulated")
+    )
+    gradient_checkpointing: bool = Field(
+        False, **layout("Recompute activations in the backward pass: less memory, about 20-30 % slower")
+    )
+    save_every: int = Field(20, ge=1, **layout("Optimiser steps between checkpoints that a killed run resumes from"))
+    log_every: int = Field(1, ge=1, **layout("Optimiser steps between points of the loss curve"))
+    seed: int = Field(0, ge=0, description="Seed of the data order, dropout and fresh weights")
+
+    @model_validator(mode="after")
+    def _multiples(self) -> OptimSettings:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every {self.save_every} must be a multiple of log_every {self.log_every}")
+        return self
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves besides the model: the curve by metric name as (step, value), and its summary."""
+
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    steps: int = 0
+
+    def mean(self, name: str) -> float:
+        """Mean of a metric over all steps, those before a resume included; NaN if it was never logged."""
+        points = self.curves.get(name, [])
+        return sum(v for _, v in points) / len(points) if points else float("nan")
+
+    def last(self, name: str) -> float:
+        """The metric's last logged value; NaN if it was never logged."""
+        return self.curves[name][-1][1] if self.curves.get(name) else float("nan")
+
+
+def trainer_arguments(optim: OptimSettings, *, work: Path, dtype: Any, max_length: int | None) -> dict[str, Any]:
+    """Keyword arguments common to all of TRL's config classes."""
+    import torch
+
+    resolved = resolve_dtype(dtype)
+    return {
+        "output_dir": str(work / "trainer"),
+        "num_train_epochs": optim.epochs,
+        "learning_rate": optim.learning_rate,
+        "lr_scheduler_type": optim.scheduler,
+        "warmup_steps": optim.warmup_ratio,
+        "weight_decay": optim.weight_decay,
+        "max_grad_norm": optim.max_grad_norm,
+        "per_device_train_batch_size": optim.micro_batch_size,
+        "per_device_eval_batch_size": optim.micro_batch_size,
+        "gradient_accumulation_steps": optim.batch_size // optim.micro_batch_size,
+        "gradient_checkpointing": optim.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": optim.save_every,
+        "save_total_limit": 2,
+        "logging_steps": optim.log_every,
+        "logging_nan_inf_filter": False,
+        "seed": optim.seed,
+        "data_seed": optim.seed,
+        "bf16": resolved == torch.bfloat16,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": max_length,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
+    """Train to the end, from the last complete checkpoint in `work` if there is one."""
+    trainer.add_callback(trainer_callback(log, what))
+    resume = last_complete_checkpoint(work / "trainer")
+    _drop_incomplete(work / "trainer", keep=resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for entry in trainer.state.log_history:
+        for name, value in _numbers(entry).items():
+            curves.setdefault(name, []).append((entry["step"], value))
+    return Trained(curves, trainer.state.global_step)
+
+
+def _drop_incomplete(folder: Path, keep: Path | None) -> None:
+    for path in folder.glob("checkpoint-*"):
+        if keep is None or int(path.name.split("-")[1]) > int(keep.name.split("-")[1]):
+            shutil.rmtree(path)
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        k: float(v)
+        for k, v in entry.items()
+        if isinstance(v, int | float) and k not in {"step", "epoch"} and not k.startswith("train_") and k != "total_flos"
+    }

@@ -1,0 +1,1 @@
+"""The Dagster assets: wiring only. One file per stage; what a stage computes is in `alignment`."""

@@ -1,0 +1,119 @@
+"""`constitutional_preference_pairs[c]`: the SFT checkpoint criticises and revises its own answers."""
+
+import dagster as dg
+
+from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs
+from alignment.datasets import write_jsonl
+from alignment.errors import UserError
+from alignment.handles import Checkpoint, PreferenceDataset, PromptSet
+from alignment.readers import read_prompts
+from assets.launch_config import launch_config
+from assets.settings import PARTITIONS, constitution, dressed, recipe_config
+from assets.stage import Outcome, Stage, Tools, checked_config, materialize
+from resources.artifacts import ArtifactStore
+from resources.dvc_data import DvcData
+from resources.tracking import MlflowTracking
+
+LaunchConfig = launch_config(
+    "constitutional_preference_pairs", recipe_config("constitutional_preference_pairs", CritiqueConfig)
+)
+SHARE_KEPT = "share_kept"
+
+
+@dg.asset(
+    partitions_def=PARTITIONS,
+    check_specs=[
+        dg.AssetCheckSpec(
+            SHARE_KEPT,
+            asset="constitutional_preference_pairs",
+            blocking=True,
+            description="Enough of the prompts end in a pair worth training on (filters.min_share_kept).",
+        )
+    ],
+    **dressed("constitutional", {"transformers"}, gpu=True),
+)
+def constitutional_preference_pairs(
+    context: dg.AssetExecutionContext,
+    config: LaunchConfig,  # type: ignore[valid-type]
+    sft_checkpoint: Checkpoint,
+    prompts: PromptSet,
+    store: ArtifactStore,
+    tracking: MlflowTracking,
+    dvc: DvcData,
+):  # no annotation: Dagster reads one as the type of one of two outputs, value and check
+    """Critique and revise under the constitution: rejected = initial answer, chosen = last revision, bad revisions
+    filtered and counted by reason."""
+
+    def stage() -> Stage:
+        settings = checked_config(CritiqueConfig, config.model_dump())
+        rules = constitution(context)
+
+        def compute(work, log) -> Outcome:
+            from alignment.models import load_causal_lm, load_tokenizer
+
+            asked = [
+                p for p in read_prompts(store.path(prompts) / "train.jsonl") if set(p.tags) & set(rules.prompt_tags)
+            ][: settings.max_prompts or None]
+            if not asked:
+                raise UserError(
+                    f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {list(rules.prompt_tags)}. "
+                    "Remedy: add prompts with such a tag, or correct prompt_tags."
+                )
+            files = store.model_files(sft_checkpoint)
+            revised = critique_and_revise(
+                load_causal_lm(files, settings.load),
+                load_tokenizer(files.base),
+                asked,
+                rules,
+                settings,
+                work=work.folder,
+                log=log,
+            )
+            pairs, reasons = preference_pairs(revised, rules, settings.filters)
+            write_jsonl(work.out / "rounds.jsonl", revised)
+            write_jsonl(work.out / "pairs.jsonl", pairs)
+            kept = {p.id for p in pairs}
+            metrics = {
+                "prompts": len(revised),
+                "pairs": len(pairs),
+                "share_kept": len(pairs) / len(revised),
+                "share_no_violations": sum(not r.revised for x in revised for r in x.revisions)
+                / sum(len(x.revisions) for x in revised),
+                **{f"filtered/{reason}": float(count) for reason, count in sorted(reasons.items())},
+            }
+            table = [
+                {
+                    "prompt": r.prompt,
+                    "initial": r.initial,
+                    "principle": r.revisions[-1].principle,
+                    "critique": r.revisions[-1].critique,
+                    "final": r.final,
+                    "kept": r.id in kept,
+                }
+                for r in revised
+            ]
+            return Outcome(metrics=metrics, tables={"revisions": table}, summary=_examples(table))
+
+        return Stage(
+            kind=PreferenceDataset,
+            config=settings,
+            code_version=CODE_VERSION,
+            inputs={"sft_checkpoint": sft_checkpoint, "prompts": prompts},
+            constitution=rules,
+            compute=compute,
+        )
+
+    result = materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
+    share, least = result.value.metrics["share_kept"], config.filters.min_share_kept
+    check = dg.AssetCheckResult(
+        check_name=SHARE_KEPT,
+        passed=share >= least,
+        metadata={"share_kept": share, "min_share_kept": least, "pairs": result.value.metrics["pairs"]},
+        description=f"{share:.0%} of the prompts ended in a pair; at least {least:.0%} are asked for",
+    )
+    return result._replace(check_results=[check])
+
+
+def _examples(table: list[dict], count: int = 3) -> str:
+    rows = [row for row in table if row["kept"]][:count]
+    return "\n\n".join(f"**{r['prompt']}**\n\n- initial: {r['initial']}\n- revised: {r['final']}" for r in rows)

@@ -1,0 +1,41 @@
+"""Dagster run-config classes made from the library's configuration classes: same fields, same descriptions, with the
+recipe's values as defaults, so that the launchpad opens with what the recipe says.
+
+Bounds are left out here and checked when the step starts: Dagster would treat a violated bound as a crash and retry it.
+"""
+
+from typing import Any, Literal, Union, get_args, get_origin
+
+import dagster as dg
+from pydantic import BaseModel, Field, create_model
+
+from alignment.models import Config
+
+
+def launch_config(stage: str, config: Config) -> type[dg.Config]:
+    """The run-config class of a stage; `config` holds the recipe's values. Adds the key `force`."""
+    force = (bool, Field(False, description="Compute anew although nothing has changed"))
+    return _convert(f"{stage.replace('/', '_')}_config", config, {"force": force})
+
+
+def _convert(name: str, config: BaseModel, extra: dict[str, Any]) -> type[dg.Config]:
+    fields: dict[str, Any] = {}
+    for key, info in type(config).model_fields.items():
+        value = getattr(config, key)
+        if isinstance(value, BaseModel):
+            nested = _convert(f"{name}_{key}", value, {})
+            fields[key] = (nested, Field(default=nested(), description=info.description))
+        else:
+            fields[key] = (_plain(info.annotation), Field(default=value, description=info.description))
+    model: type[dg.Config] = create_model(name, __base__=dg.Config, **fields, **extra)
+    model.__doc__ = type(config).__doc__
+    return model
+
+
+def _plain(annotation: Any) -> Any:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return annotation
+    if origin in (list, dict, tuple, Union):
+        return origin[tuple(_plain(a) for a in get_args(annotation))]
+    return annotation

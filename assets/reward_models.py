@@ -1,0 +1,113 @@
+"""`reward_model[c]` trains policies; `evaluator[c]` judges them: other seed, disjoint human pairs, and never the two mixed."""
+
+from collections.abc import Callable, Sequence
+
+import dagster as dg
+
+from alignment.constitutions import Constitution
+from alignment.handles import Checkpoint, PreferenceDataset, RewardModel
+from alignment.readers import read_preferences
+from alignment.records import PreferencePair
+from alignment.reward import CODE_VERSION, RewardConfig, reward_training_pairs, train_reward_model
+from assets.launch_config import launch_config
+from assets.settings import PARTITIONS, constitution, dressed, recipe_config
+from assets.stage import Outcome, Stage, Tools, checked_config, materialize
+from resources.artifacts import ArtifactStore
+from resources.dvc_data import DvcData
+from resources.tracking import MlflowTracking
+
+RewardLaunchConfig = launch_config("reward_model", recipe_config("reward_model", RewardConfig))
+EvaluatorLaunchConfig = launch_config("evaluator", recipe_config("evaluator", RewardConfig))
+
+
+@dg.asset(partitions_def=PARTITIONS, **dressed("reward", {"trl", "peft"}, gpu=True))
+def reward_model(
+    context: dg.AssetExecutionContext,
+    config: RewardLaunchConfig,  # type: ignore[valid-type]
+    base_model: Checkpoint,
+    human_preferences: PreferenceDataset,
+    constitutional_preference_pairs: PreferenceDataset,
+    store: ArtifactStore,
+    tracking: MlflowTracking,
+    dvc: DvcData,
+) -> dg.MaterializeResult[RewardModel]:
+    """A scalar scorer of (prompt, answer), trained on human and constitutional pairs."""
+
+    def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
+        human = read_preferences(store.path(human_preferences) / "reward_train.jsonl")
+        constitutional = read_preferences(store.path(constitutional_preference_pairs) / "pairs.jsonl")
+        return reward_training_pairs(_of(rules, human), constitutional, settings)
+
+    inputs = {
+        "base_model": base_model,
+        "human_preferences": human_preferences,
+        "constitutional_preference_pairs": constitutional_preference_pairs,
+    }
+    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
+
+
+@dg.asset(partitions_def=PARTITIONS, **dressed("reward", {"trl", "peft"}, gpu=True))
+def evaluator(
+    context: dg.AssetExecutionContext,
+    config: EvaluatorLaunchConfig,  # type: ignore[valid-type]
+    base_model: Checkpoint,
+    human_preferences: PreferenceDataset,
+    store: ArtifactStore,
+    tracking: MlflowTracking,
+    dvc: DvcData,
+) -> dg.MaterializeResult[RewardModel]:
+    """A second scorer that no policy is trained with: other seed, human pairs that the reward model never saw."""
+
+    def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
+        return _of(rules, read_preferences(store.path(human_preferences) / "evaluator_train.jsonl"))
+
+    inputs = {"base_model": base_model, "human_preferences": human_preferences}
+    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
+
+
+def _of(rules: Constitution, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    return [p for p in pairs if not rules.preference_domains or p.domain in rules.preference_domains]
+
+
+def _train(
+    context: dg.AssetExecutionContext,
+    config: dg.Config,
+    inputs: dict[str, Checkpoint | PreferenceDataset],
+    pairs: Callable[[RewardConfig, Constitution], Sequence[PreferencePair]],
+    tools: Tools,
+) -> dg.MaterializeResult[RewardModel]:
+    def stage() -> Stage:
+        settings = checked_config(RewardConfig, config.model_dump())
+        rules = constitution(context)
+
+        def compute(work, log) -> Outcome:
+            heldout = read_preferences(tools.store.path(inputs["human_preferences"]) / "heldout.jsonl")
+            trained, metrics, table = train_reward_model(
+                settings,
+                tools.store.model_files(inputs["base_model"]),
+                pairs(settings, rules),
+                _of(rules, heldout),
+                work=work.folder,
+                out=work.out,
+                log=log,
+            )
+            adapter_of = inputs["base_model"] if settings.finetuning == "lora" else None
+            return Outcome(
+                metrics=metrics,
+                curves=trained.curves,
+                curve_names=("loss", "accuracy"),
+                tables={"heldout_pairs": table},
+                handle={"adapter_of": adapter_of},
+            )
+
+        return Stage(
+            kind=RewardModel,
+            config=settings,
+            code_version=CODE_VERSION,
+            inputs=inputs,
+            constitution=rules,
+            compute=compute,
+            model_artifact=True,
+        )
+
+    return materialize(context, stage, tools, force=config.force)

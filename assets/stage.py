@@ -1,0 +1,267 @@
+"""What every asset does around its own computation: fingerprint, reuse, resume, MLflow, publish.
+
+An asset body builds a `Stage` and calls `materialize`; this module holds the only copy of that choreography:
+
+    fingerprint -> already published? reuse : build under a lock -> log to MLflow -> publish atomically -> handle
+"""
+
+import base64
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import ValidationError
+
+from alignment.constitutions import Constitution
+from alignment.errors import UserError
+from alignment.fingerprint import fingerprint
+from alignment.handles import AnyHandle, Checkpoint, Handle
+from alignment.models import Config
+from alignment.plots import Curves, curve_png
+from alignment.progress import Log
+from alignment.recipes import RecipeError, describe
+from resources.artifacts import ArtifactRecord, ArtifactStore, Work, file_hashes
+from resources.dvc_data import DvcData
+from resources.tracking import Attempt, DataInput, MlflowTracking, StepInfo
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "dagster", "mlflow", "dvc")
+
+
+@dataclass
+class Outcome:
+    """What an asset's computation hands back; files it wrote to `Work.out` are published as they are."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    curves: Curves = field(default_factory=dict)
+    curve_names: Sequence[str] = ("loss",)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    handle: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One asset at one configuration: everything that decides its content, and how to compute it."""
+
+    kind: type[Handle]
+    config: Config
+    code_version: str
+    inputs: Mapping[str, Handle]
+    compute: Callable[[Work, Log], Outcome]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    constitution: Constitution | None = None
+    data: Sequence[DataInput] = ()
+    model_artifact: bool = False
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The resources an asset needs."""
+
+    store: ArtifactStore
+    tracking: MlflowTracking
+    dvc: DvcData
+
+
+def materialize(
+    context: dg.AssetExecutionContext, stage: Callable[[], Stage], tools: Tools, *, force: bool = False
+) -> dg.MaterializeResult:
+    """Materialize an asset: reuse the published artifact of its fingerprint, or compute and publish it.
+
+    Args:
+        stage: builds the stage; errors in configuration and data that it raises end the step with one clear sentence.
+        force: compute anew although an artifact exists.
+    """
+    begun = time.monotonic()
+    asset = context.asset_key.to_user_string()
+    partition = context.partition_key if context.has_partition_key else None
+    try:
+        with user_errors():
+            built = stage()
+    except dg.Failure as failure:
+        with tools.tracking.attempt(_step_info(context, asset, partition), {"alignment.stage": asset}) as attempt:
+            attempt.tags({"alignment.error": str(failure.description)[:4000]})
+            raise
+    inputs = {name: handle.fingerprint for name, handle in built.inputs.items()} | dict(built.versions)
+    digest = fingerprint(
+        asset=asset,
+        code_version=built.code_version,
+        config=built.config,
+        inputs=inputs,
+        constitution=built.constitution.text if built.constitution else None,
+    )
+    tags = {
+        "alignment.fingerprint": digest,
+        "alignment.stage": asset.split("/")[0],
+        "dvc.md5": tools.dvc.md5(),
+        "git.commit": git_commit() or "",
+    }
+    with tools.tracking.attempt(_step_info(context, asset, partition), tags) as attempt, user_errors(attempt):
+        attempt.params(built.config.model_dump(mode="json"))
+        attempt.inputs(built.data)
+        if force:
+            context.log.info(f"force: computing {asset} anew")
+            tools.store.discard(asset, digest)
+        with tools.store.building(asset, digest) as work:
+            reused = work is None
+            if work is None:
+                outcome = Outcome()
+                context.log.info(f"reusing {asset} {digest[:12]}: nothing that decides it has changed")
+            else:
+                if work.resumed:
+                    context.log.info(f"resuming {asset} {digest[:12]} from what an interrupted step left")
+                log = Log(metrics=attempt.metrics, say=context.log.info)
+                outcome = built.compute(work, log)
+                handle = built.kind(
+                    asset=asset,
+                    fingerprint=digest,
+                    partition=partition,
+                    mlflow_run_id=attempt.run_id,
+                    metrics={k: float(v) for k, v in outcome.metrics.items()},
+                    facts=dict(outcome.facts),
+                    **outcome.handle,
+                )
+                png = _log_outcome(attempt, built, outcome, work.out, asset)
+                work.publish(
+                    ArtifactRecord(
+                        handle=handle.model_dump(mode="json"),
+                        config=built.config.model_dump(mode="json"),
+                        code_version=built.code_version,
+                        inputs=inputs,
+                        files=file_hashes(work.out),
+                        versions=library_versions(),
+                        git_commit=git_commit(),
+                        dvc_md5=tools.dvc.md5(),
+                        mlflow_run_id=attempt.run_id,
+                        dagster_run_id=context.run_id,
+                        seconds=round(time.monotonic() - begun, 2),
+                        peak_memory_gb=peak_memory_gb(),
+                    )
+                )
+        handle = tools.store.find(asset, digest)
+        if handle is None:
+            raise dg.Failure(f"{asset} {digest[:12]} vanished from the artifact store while it was materialized")
+        attempt.tags({"alignment.reused": str(reused).lower(), "alignment.computed_by": handle.mlflow_run_id})
+        attempt.final(handle.metrics)
+        metadata = _metadata(tools, handle, attempt, reused, time.monotonic() - begun, outcome)
+        if not reused and png:
+            metadata["curve"] = dg.MetadataValue.md(f"![curve](data:image/png;base64,{base64.b64encode(png).decode()})")
+    return dg.MaterializeResult(value=handle, metadata=metadata, data_version=dg.DataVersion(digest))
+
+
+def checked_config(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The pure configuration behind a launchpad's values, bounds checked.
+
+    Raises:
+        RecipeError: one sentence per faulty key.
+    """
+    try:
+        return kind.model_validate({k: v for k, v in values.items() if k != "force"})
+    except ValidationError as error:
+        raise RecipeError(f"run config: {describe(error)}") from error
+
+
+class user_errors:
+    """Turns errors that a retry cannot mend into one clear failure of the step."""
+
+    def __init__(self, attempt: Attempt | None = None) -> None:
+        self._attempt = attempt
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError):
+            if self._attempt:
+                self._attempt.tags({"alignment.error": str(error)[:4000]})
+            raise dg.Failure(str(error), allow_retries=False) from error
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of this checkout, with `-dirty` when tracked files were changed; None outside git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
+    out = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def peak_memory_gb() -> float:
+    """The largest resident size of this process so far, in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
+
+
+def _step_info(context: dg.AssetExecutionContext, asset: str, partition: str | None) -> StepInfo:
+    run = context.run
+    ui = os.environ.get("DAGSTER_UI_URL", "http://127.0.0.1:3000")
+    return StepInfo(
+        run_id=run.run_id,
+        root_run_id=run.root_run_id or run.run_id,
+        job=run.job_name,
+        asset=asset,
+        partition=partition,
+        retry_number=context.retry_number,
+        run_url=f"{ui}/runs/{run.run_id}",
+    )
+
+
+def _log_outcome(attempt: Attempt, stage: Stage, outcome: Outcome, out: Path, asset: str) -> bytes | None:
+    for name, rows in outcome.tables.items():
+        attempt.table(rows, name)
+    png = curve_png(outcome.curves, asset, outcome.curve_names)
+    if png:
+        (out / "curve.png").write_bytes(png)
+        attempt.file(out / "curve.png", "plots")
+    if stage.model_artifact:
+        attempt.folder(out / "model", "model")
+    return png
+
+
+def _metadata(
+    tools: Tools, handle: AnyHandle, attempt: Attempt, reused: bool, seconds: float, outcome: Outcome
+) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "fingerprint": handle.fingerprint,
+        "reused": reused,
+        "seconds": round(seconds, 2),
+        "peak_memory_gb": peak_memory_gb(),
+        "mlflow_run": dg.MetadataValue.url(tools.tracking.run_url(attempt.run_id)),
+        "mlflow_run_id": attempt.run_id,
+        "artifact": dg.MetadataValue.path(str(tools.store.path(handle))),
+        **{name: float(value) for name, value in handle.metrics.items()},
+    }
+    if isinstance(handle, Checkpoint) and handle.adapter_of:
+        metadata["adapter_of"] = handle.adapter_of.fingerprint
+    if outcome.summary:
+        metadata["summary"] = dg.MetadataValue.md(outcome.summary)
+    return metadata

