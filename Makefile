@@ -10,6 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 RECIPE ?= demo
 CONSTITUTION ?= general
 CONFIG ?=
+PYTEST_MARK ?= not slow
 STORAGE := $(CURDIR)/storage
 
 .PHONY: help setup demo ui test lint clean data
@@ -40,10 +41,10 @@ demo: setup
 	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.demo --constitution $(CONSTITUTION) $(if $(CONFIG),--config $(CONFIG))
 
 ui: setup
-	ALIGNMENT_RECIPE=$(RECIPE) BIN=$(BIN) $(BIN)/python -m dagster_project.ui
+	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.ui
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "$(PYTEST_MARK)" $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

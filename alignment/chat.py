@@ -83,9 +83,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _without_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]
-) -> list[dict[str, str]]:
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     # A text that spells a special token ("<|im_end|>") must not become one: it would end or open a turn. A zero-width
     # space after its first character keeps it readable and makes it ordinary text.
     specials = [t for t in tokenizer.all_special_tokens if len(t) > 1]

@@ -36,9 +36,7 @@ class Constitution(Config):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="The file's stem; the partition key")
     description: Text = Field(description="One or two sentences for people")
     prompt_tags: tuple[str, ...] = Field(min_length=1, description="A prompt with any of these tags belongs to it")
-    preference_domains: tuple[str, ...] = Field(
-        (), description="Domains of human pairs its reward models learn from; empty: all"
-    )
+    preference_domains: tuple[str, ...] = Field((), description="Domains of human pairs its reward models learn from; empty: all")
     principles: tuple[Principle, ...] = Field(min_length=1, description="At least one principle")
     text: str = Field(description="The file's content, part of every fingerprint under this constitution")
 

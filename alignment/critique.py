@@ -161,19 +161,29 @@ def revision_request() -> str:
     return _template("revision").render()
 
 
-def critique_conversation(demonstration: CritiqueDemonstration) -> Conversation:
-    """The conversation that teaches one worked critique: request, critique and, unless nothing was found, the revision.
+def critique_conversations(demonstration: CritiqueDemonstration) -> list[Conversation]:
+    """The conversations that teach one worked critique, exactly what the critic is asked later, turn for turn.
 
-    Exactly what the critic is asked later, turn for turn.
+    The first is request, critique and, unless nothing was found, request and revision. Where there is a revision, a
+    second one shows it to the critic under the same prompt and principle: there is nothing left to find. The contrast
+    between the two is what makes the critic's "No violations found" mean something.
     """
     d = demonstration
     turns = [
         Message(role="user", content=critique_request(d.prompt, d.response, d.principle)),
         Message(role="assistant", content=d.critique),
     ]
-    if d.revision is not None:
-        turns += [Message(role="user", content=revision_request()), Message(role="assistant", content=d.revision)]
-    return Conversation(id=d.id, messages=tuple(turns), category="critique")
+    if d.revision is None:
+        return [Conversation(id=d.id, messages=tuple(turns), category="critique")]
+    turns += [Message(role="user", content=revision_request()), Message(role="assistant", content=d.revision)]
+    approval = (
+        Message(role="user", content=critique_request(d.prompt, d.revision, d.principle)),
+        Message(role="assistant", content=f"{NO_VIOLATIONS}."),
+    )
+    return [
+        Conversation(id=d.id, messages=tuple(turns), category="critique"),
+        Conversation(id=f"{d.id}-revised", messages=approval, category="critique"),
+    ]
 
 
 def _revise_chunk(model, tokenizer, prompts, constitution, config) -> list[Revised]:
@@ -210,9 +220,7 @@ def _revise_chunk(model, tokenizer, prompts, constitution, config) -> list[Revis
             if revision is not None:
                 current[i], truncated[i] = revision.text, truncated[i] or not revision.ended
             revised = revision is not None
-            rounds[i].append(
-                Round(principle=principles[i][k].id, critique=critique, revision=current[i], revised=revised)
-            )
+            rounds[i].append(Round(principle=principles[i][k].id, critique=critique, revision=current[i], revised=revised))
     approval_after = _approval(model, tokenizer, [asked(i, 0) for i in everyone], config)
     return [
         Revised(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from alignment.critique import critique_conversation
+from alignment.critique import critique_conversations
 from alignment.models import Config
 from alignment.readers import DataError, deduplicate, read_conversations, read_critiques, read_preferences, read_prompts
 from alignment.splits import position, split_of
@@ -22,7 +22,8 @@ class SftDatasetConfig(Config):
     """What the SFT checkpoint is trained on."""
 
     demonstrations: list[str] = Field(
-        ["data/demonstrations.jsonl"], description="Conversations: files or Hub data-set ids, in any format readers accept"
+        ["data/demonstrations.jsonl"],
+        description="Conversations: files or Hub data-set ids, in any format readers accept",
     )
     critiques: list[str] = Field(
         ["data/critiques.jsonl"], description="Worked critiques that teach the critic's craft; may be empty"
@@ -38,7 +39,10 @@ class HumanPreferencesConfig(Config):
     preferences: list[str] = Field(["data/preferences.jsonl"], description="Files or Hub data-set ids")
     heldout_fraction: float = Field(0.25, gt=0, lt=1, description="Share of prompts held out")
     evaluator_share: float = Field(
-        0.5, gt=0, lt=1, description="Share of the training pairs kept for the evaluator alone (split by prompt, disjoint)"
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of the training pairs kept for the evaluator alone (split by prompt, disjoint)",
     )
 
 
@@ -61,12 +65,13 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     heldout = [c for c in demonstrations if split_of(c.prompt, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
     _need(train, "training conversation", config.demonstrations)
-    write_jsonl(out / "train.jsonl", [*train, *map(critique_conversation, taught)])
+    lessons = [conversation for c in taught for conversation in critique_conversations(c)]
+    write_jsonl(out / "train.jsonl", [*train, *lessons])
     write_jsonl(out / "heldout.jsonl", heldout)
     return {
-        "rows/train": len(train) + len(taught),
+        "rows/train": len(train) + len(lessons),
         "rows/train_demonstrations": len(train),
-        "rows/train_critiques": len(taught),
+        "rows/train_critiques": len(lessons),
         "rows/heldout": len(heldout),
         "rows/duplicates_removed": twice + twice_critiques,
     }

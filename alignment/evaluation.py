@@ -85,9 +85,7 @@ def evaluate_policy(
     tokenizer = load_tokenizer(base.base)
 
     def sample(model: PreTrainedModel, name: str, rows: int | None = None) -> list[Completion]:
-        return generate(
-            model, tokenizer, questions[:rows], config.sampling, seeds=seeds[:rows], log=log, what=f"{name} answers"
-        )
+        return generate(model, tokenizer, questions[:rows], config.sampling, seeds=seeds[:rows], log=log, what=f"{name} answers")
 
     def log_probs_of_ours(model: PreTrainedModel) -> list[float]:
         texts, ended = [c.text for c in ours.completions], [c.ended for c in ours.completions]

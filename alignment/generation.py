@@ -30,7 +30,9 @@ class SamplingSettings(Config):
     temperature: float = Field(0.7, ge=0, description="Softmax temperature; 0 takes the likeliest token (greedy)")
     top_k: int = Field(50, ge=1, description="Sample from the k likeliest tokens only")
     repetition_penalty: float = Field(
-        1.0, ge=1, description="Divide the logits of tokens already in the text by this (CTRL, arXiv 1909.05858); 1 is off"
+        1.0,
+        ge=1,
+        description="Divide the logits of tokens already in the text by this (CTRL, arXiv 1909.05858); 1 is off",
     )
     batch_size: int = Field(32, ge=1, **layout("Prompts sampled at once"))
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from alignment.errors import UserError
 from alignment.fingerprint import layout
+from alignment.progress import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +35,7 @@ class LoraSettings(Config):
     r: int = Field(16, ge=1, description="Rank of the adapter matrices")
     alpha: int = Field(32, ge=1, description="Scaling numerator: updates are multiplied by alpha / r")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input while training")
-    target_modules: list[str] = Field(
-        ["q_proj", "v_proj"], description='Names of the linear layers to adapt, or ["all-linear"]'
-    )
+    target_modules: list[str] = Field(["q_proj", "v_proj"], description='Names of the linear layers to adapt, or ["all-linear"]')
 
 
 class LoadSettings(Config):
@@ -51,9 +50,7 @@ class LoadSettings(Config):
         "none", description="nf4 loads the frozen base in 4 bit through bitsandbytes (QLoRA, arXiv 2305.14314)"
     )
     trust_remote_code: bool = Field(False, description="Allow model code shipped with the weights to run")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", **layout("Attention kernel of transformers")
-    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", **layout("Attention kernel of transformers"))
 
 
 @dataclass(frozen=True)
@@ -117,17 +114,13 @@ def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool
     return _with_adapter(model, files, trainable)
 
 
-def load_reward_model(
-    files: ModelFiles, settings: LoadSettings, *, trainable: bool = False, seed: int = 0
-) -> PreTrainedModel:
+def load_reward_model(files: ModelFiles, settings: LoadSettings, *, trainable: bool = False, seed: int = 0) -> PreTrainedModel:
     """A sequence classifier with one label, the scalar reward. A score head that is not in the files is drawn from `seed`."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(files.base), num_labels=1, **_load_kwargs(settings)
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
     return _with_adapter(model, files, trainable)
 
 
@@ -156,6 +149,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def _load_kwargs(settings: LoadSettings) -> dict[str, Any]:
+    quiet()
     dtype = resolve_dtype(settings.dtype)
     kwargs: dict[str, Any] = {
         "dtype": dtype,

@@ -13,7 +13,18 @@ from pydantic import Field
 from alignment.models import Config
 from alignment.splits import normalise
 
-Reason = Literal["unchanged", "empty", "truncated", "echo", "prompt_echo", "boilerplate", "meta", "repetitive", "too_short", "not_better"]
+Reason = Literal[
+    "unchanged",
+    "empty",
+    "truncated",
+    "echo",
+    "prompt_echo",
+    "boilerplate",
+    "meta",
+    "repetitive",
+    "too_short",
+    "not_better",
+]
 
 
 class FilterSettings(Config):

@@ -81,9 +81,7 @@ def trainer_callback(log: Log, what: str) -> TrainerCallback:
             done = state.global_step - self.first
             if "loss" in values and done > 0:
                 eta = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
-                log.say(
-                    f"{what}: step {state.global_step}/{state.max_steps}, loss {values['loss']:.4f}, ETA {eta:.0f} s"
-                )
+                log.say(f"{what}: step {state.global_step}/{state.max_steps}, loss {values['loss']:.4f}, ETA {eta:.0f} s")
 
         def on_save(self, args, state, control, **kwargs):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
@@ -95,6 +93,21 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest trainer checkpoint that was written to its end, or None. A save that a kill cut short does not count."""
     steps = [int(p.name.removeprefix("checkpoint-")) for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
     return folder / f"checkpoint-{max(steps)}" if steps else None
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and notices: a step's log says how far it is, once, in one format."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")
 
 
 _TOTALS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}

@@ -45,7 +45,7 @@ def judge(metrics: Mapping[str, float], gate: GateConfig) -> list[Rule]:
         passed, reason = test(*(metrics[n] for n in needed))
         return Rule(name=name, passed=passed, reason=reason)
 
-    rules = [
+    return [
         rule(
             "better than SFT",
             ["evaluator/gain", "evaluator/gain_low", "evaluator/gain_high"],
@@ -87,7 +87,6 @@ def judge(metrics: Mapping[str, float], gate: GateConfig) -> list[Rule]:
             ),
         ),
     ]
-    return rules
 
 
 def choose(candidates: Mapping[str, Mapping[str, float]], gate: GateConfig) -> tuple[str | None, dict[str, list[Rule]]]:

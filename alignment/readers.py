@@ -96,9 +96,7 @@ class DataError(UserError):
         return f"{self.file}{line}{field}: {self.problem}. Remedy: {self.remedy}."
 
 
-def read_conversations(
-    source: Source, limit: int | None = None, *, skipped: list[DataError] | None = None
-) -> list[Conversation]:
+def read_conversations(source: Source, limit: int | None = None, *, skipped: list[DataError] | None = None) -> list[Conversation]:
     """The conversations of a source, in its order; with `limit` at most so many, and what follows is not looked at.
 
     Raises `DataError` at the first thing that is wrong. Data that one cannot mend oneself (a Hub data set) may be read
@@ -208,9 +206,7 @@ class _Format:
     build: Callable[[_Row, str], Record]
 
 
-def _read(
-    source: Source, formats: tuple[_Format, ...], limit: int | None, skipped: list[DataError] | None
-) -> list[Any]:
+def _read(source: Source, formats: tuple[_Format, ...], limit: int | None, skipped: list[DataError] | None) -> list[Any]:
     records: list[Record] = []
     ids: dict[str, int] = {}
     first_error: DataError | None = None
@@ -284,9 +280,7 @@ def _recognise(columns: tuple[str, ...], formats: tuple[_Format, ...]) -> _Forma
     missing = [name for name in nearest.needed if name not in columns]
     if len(missing) == len(nearest.needed):
         return _Complaint(None, f"wrong columns: found {found}; expected {expected}", "rename the columns")
-    return _Complaint(
-        missing[0], f"is missing: found {found}; expected {expected}", f"add {missing[0]!r}, or delete the row"
-    )
+    return _Complaint(missing[0], f"is missing: found {found}; expected {expected}", f"add {missing[0]!r}, or delete the row")
 
 
 def _misspelt(column: str, columns: tuple[str, ...], known: list[str]) -> str | None:

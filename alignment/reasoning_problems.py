@@ -7,7 +7,6 @@ Twelve kinds, each with several wordings; the answer is computed, never typed. T
 
 import argparse
 import datetime
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,18 @@ from alignment.records import Problem
 
 NAMES = ["Ana", "Ben", "Chidi", "Dora", "Eva", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kofi", "Lena", "Mei", "Nils"]
 THINGS = ["apples", "marbles", "stickers", "pencils", "postcards", "shells", "coins", "buttons", "eggs", "tickets"]
-WORDS = ["banana", "committee", "parallel", "success", "balloon", "mississippi", "letter", "address", "coffee", "tomorrow"]
+WORDS = [
+    "banana",
+    "committee",
+    "parallel",
+    "success",
+    "balloon",
+    "mississippi",
+    "letter",
+    "address",
+    "coffee",
+    "tomorrow",
+]
 
 
 def write_problems(count: int = 320, seed: int = 7) -> list[Problem]:
@@ -94,7 +104,12 @@ def _next_number(r: random.Random) -> tuple[str, str]:
 def _remainder(r: random.Random) -> tuple[str, str]:
     b = r.randint(3, 9)
     a = r.randint(b + 1, 80)
-    text = r.choice(["What is the remainder when {a} is divided by {b}?", "{a} people queue for boats of {b}. After filling as many boats as possible, how many people are left?"])
+    text = r.choice(
+        [
+            "What is the remainder when {a} is divided by {b}?",
+            "{a} people queue for boats of {b}. After filling as many boats as possible, how many people are left?",
+        ]
+    )
     return text.format(a=a, b=b), str(a % b)
 
 

@@ -1,10 +1,10 @@
 """Recipes: one YAML with the values of every stage. What a recipe does not name keeps the default of its config class.
 
-    extends: demo          # optional: start from another recipe in the same folder
-    sft_checkpoint:
-      optim: {epochs: 2, learning_rate: 0.0002}
-    aligned_policy/dpo:
-      beta: 0.1
+extends: demo          # optional: start from another recipe in the same folder
+sft_checkpoint:
+  optim: {epochs: 2, learning_rate: 0.0002}
+aligned_policy/dpo:
+  beta: 0.1
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ class RewardConfig(Config):
     )
     max_length: int = Field(512, ge=16, description="Pairs with a longer conversation (tokens) are dropped and counted")
     center_rewards_coefficient: float = Field(
-        0.01, ge=0, description="Weight of the mean squared sum of both rewards, which keeps scores around zero; 0 is off"
+        0.01,
+        ge=0,
+        description="Weight of the mean squared sum of both rewards, which keeps scores around zero; 0 is off",
     )
     constitutional_share: float = Field(
         1.0, ge=0, le=1, description="Share of the constitutional pairs that join the human ones (reward_model only)"
@@ -168,9 +170,7 @@ def score_pairs(
     return scores[: len(pairs)], scores[len(pairs) :]
 
 
-def accuracy_metrics(
-    pairs: Sequence[PreferencePair], chosen: Sequence[float], rejected: Sequence[float]
-) -> dict[str, float]:
+def accuracy_metrics(pairs: Sequence[PreferencePair], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
     """Pairwise accuracy beside what a judge would reach that looks at the answers' length alone.
 
     Ties count as half. `gain_over_length` is measured against whichever baseline, longer or shorter wins, is better on

@@ -48,9 +48,7 @@ def build_tiny_model(
         )
         model = LlamaForCausalLM(config)
     else:
-        config = GPT2Config(
-            vocab_size=len(tokenizer), n_embd=hidden, n_layer=layers, n_head=4, n_positions=4096, **ids
-        )
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=hidden, n_layer=layers, n_head=4, n_positions=4096, **ids)
         model = GPT2LMHeadModel(config)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder))

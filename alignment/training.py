@@ -47,9 +47,7 @@ class OptimSettings(Config):
     @model_validator(mode="after")
     def _multiples(self) -> OptimSettings:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
-            )
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
         if self.save_every % self.log_every:
             raise ValueError(f"save_every {self.save_every} must be a multiple of log_every {self.log_every}")
         return self
@@ -107,6 +105,9 @@ def trainer_arguments(optim: OptimSettings, *, work: Path, dtype: Any, max_lengt
 
 def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
     """Train to the end, from the last complete checkpoint in `work` if there is one."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(log, what))
     resume = last_complete_checkpoint(work / "trainer")
     _drop_incomplete(work / "trainer", keep=resume)

@@ -63,8 +63,9 @@ def champion(
 
     result = materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
     decision: Champion = result.value
+    metadata = {**result.metadata, "decision": decision_text(decision)}
     if decision.policy is None:
-        return result
+        return result._replace(metadata=metadata)
     version = tracking.register(
         context.partition_key,
         decision.policy.mlflow_run_id,
@@ -75,7 +76,7 @@ def champion(
     aliases = "challenger, champion" if decision.promoted else "challenger"
     registered = f"aligned-policy-{context.partition_key} version {version} ({aliases})"
     context.log.info(registered)
-    return result._replace(metadata={**result.metadata, "registered": registered})
+    return result._replace(metadata={**metadata, "registered": registered})
 
 
 def recorded_reports(context: dg.AssetExecutionContext, store: ArtifactStore) -> dict[str, PolicyReport]:
@@ -83,9 +84,7 @@ def recorded_reports(context: dg.AssetExecutionContext, store: ArtifactStore) ->
     found = {}
     for name in METHODS:
         records = context.instance.fetch_materializations(
-            dg.AssetRecordsFilter(
-                asset_key=dg.AssetKey(["policy_report", name]), asset_partitions=[context.partition_key]
-            ),
+            dg.AssetRecordsFilter(asset_key=dg.AssetKey(["policy_report", name]), asset_partitions=[context.partition_key]),
             limit=1,
         ).records
         if records:
@@ -94,6 +93,13 @@ def recorded_reports(context: dg.AssetExecutionContext, store: ArtifactStore) ->
             if isinstance(report, PolicyReport):
                 found[name] = report
     return found
+
+
+def decision_text(decision: Champion) -> str:
+    """The decision in one line per rule."""
+    verdict = decision.facts["rules"].get(decision.method, [])
+    lines = [f"{decision.method or 'no candidate'}: {'promoted' if decision.promoted else 'not promoted'}"]
+    return "\n".join(lines + [f"  {'passes' if r['passed'] else 'FAILS '} {r['name']}: {r['reason']}" for r in verdict])
 
 
 def decision_table(best: str | None, promoted: bool, rules: dict[str, list[dict]]) -> str:

@@ -14,9 +14,7 @@ from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
 from resources.tracking import MlflowTracking
 
-LaunchConfig = launch_config(
-    "constitutional_preference_pairs", recipe_config("constitutional_preference_pairs", CritiqueConfig)
-)
+LaunchConfig = launch_config("constitutional_preference_pairs", recipe_config("constitutional_preference_pairs", CritiqueConfig))
 SHARE_KEPT = "share_kept"
 
 
@@ -51,9 +49,9 @@ def constitutional_preference_pairs(
         def compute(work, log) -> Outcome:
             from alignment.models import load_causal_lm, load_tokenizer
 
-            asked = [
-                p for p in read_prompts(store.path(prompts) / "train.jsonl") if set(p.tags) & set(rules.prompt_tags)
-            ][: settings.max_prompts or None]
+            asked = [p for p in read_prompts(store.path(prompts) / "train.jsonl") if set(p.tags) & set(rules.prompt_tags)][
+                : settings.max_prompts or None
+            ]
             if not asked:
                 raise UserError(
                     f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {list(rules.prompt_tags)}. "

@@ -40,7 +40,12 @@ data = dg.AssetSpec(
 
 
 def data_asset(
-    name: str, kind: type[Handle], config_class: type[Config], sources: tuple[str, ...], build: Callable, description: str
+    name: str,
+    kind: type[Handle],
+    config_class: type[Config],
+    sources: tuple[str, ...],
+    build: Callable,
+    description: str,
 ) -> dg.AssetsDefinition:
     """One data-set asset. `sources` names the configuration fields that list files."""
     LaunchConfig = launch_config(name, recipe_config(name, config_class))

@@ -40,9 +40,7 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                     settings,
                     Training(
                         models={
-                            n: tools.store.model_files(h)
-                            for n, h in inputs.items()
-                            if isinstance(h, Checkpoint | RewardModel)
+                            n: tools.store.model_files(h) for n, h in inputs.items() if isinstance(h, Checkpoint | RewardModel)
                         },
                         folders={n: tools.store.path(h) for n, h in inputs.items()},
                         work=work.folder,
@@ -51,11 +49,12 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                     ),
                 )
                 start: Checkpoint = inputs[method.start]
+                is_adapter = (work.out / "model" / "adapter_config.json").exists()
                 return Outcome(
                     metrics=metrics,
                     curves=trained.curves,
                     curve_names=method.curves,
-                    handle={"adapter_of": start.adapter_of},
+                    handle={"adapter_of": (start.adapter_of or start) if is_adapter else None},
                 )
 
             return Stage(

@@ -2,8 +2,11 @@
 
     loss = -log sigmoid(beta * (log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected)))
 
-The SFT adapter is trained on; TRL copies it as adapter `ref`, so the policy starts at, and is measured against, the SFT
-checkpoint with one base in memory. With full fine-tuning TRL keeps a second, frozen copy of the model instead.
+The policy starts at, and is measured against, the SFT checkpoint, with one base in memory where adapters are trained:
+
+- SFT checkpoint is an adapter: it is trained on, and TRL copies it as adapter `ref`;
+- SFT checkpoint is a full model: a new adapter is trained over it (`lora`), the reference is the model without it;
+- `finetuning: full`: all weights are trained, TRL keeps a second, frozen copy as the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +19,17 @@ from typing import Literal
 from pydantic import Field
 
 from alignment.cpu import speed_up
-from alignment.models import Config, LoadSettings, ModelFiles, load_causal_lm, load_tokenizer, save_model
+from alignment.errors import UserError
+from alignment.models import (
+    Config,
+    LoadSettings,
+    LoraSettings,
+    ModelFiles,
+    load_causal_lm,
+    load_tokenizer,
+    lora_config,
+    save_model,
+)
 from alignment.progress import SILENT, Log
 from alignment.records import PreferencePair
 from alignment.sft import NothingToTrain
@@ -35,6 +48,11 @@ class DpoConfig(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO)")
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of the chosen answer's cross-entropy, added to the loss (RPO, arXiv 2404.19733)"
+    )
+    finetuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or all weights of a full SFT model")
+    lora: LoraSettings = Field(
+        LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        description="The new adapter, where the SFT checkpoint is a full model; an SFT adapter keeps its own shape",
     )
     load: LoadSettings = Field(LoadSettings(), description="How base and SFT adapter are loaded")
     optim: OptimSettings = Field(
@@ -64,18 +82,24 @@ def train_dpo(
         raise NothingToTrain("there are no preference pairs. Remedy: look at the filter counts of the pairs asset.")
     speed_up()
     tokenizer = load_tokenizer(sft.base, config.load.trust_remote_code)
-    load = config.load
-    if sft.adapter is None:
-        load = load.model_copy(update={"dtype": "float32"})
+    load, full = config.load, config.finetuning == "full"
+    if full and sft.adapter is not None:
+        raise UserError(
+            "aligned_policy/dpo.finetuning: full needs an SFT checkpoint that is a full model, and this one is an adapter. "
+            "Remedy: set sft_checkpoint.finetuning to full, or this to lora."
+        )
+    if full:
+        load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates; autocast computes in bf16
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
-    losses, weights = ([config.loss_type, "sft"], [1.0, config.sft_weight]) if config.sft_weight else ([config.loss_type], None)
+    losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
     trainer = DPOTrainer(
-        model=load_causal_lm(sft, load, trainable=True),
+        model=load_causal_lm(sft, load, trainable=full or sft.adapter is not None),
+        peft_config=lora_config(config.lora, "CAUSAL_LM") if not full and sft.adapter is None else None,
         args=TrlConfig(
             **arguments,
             beta=config.beta,
-            loss_type=losses,
-            loss_weights=weights,
+            loss_type=list(losses),
+            loss_weights=list(losses.values()),
             label_smoothing=config.label_smoothing,
         ),
         train_dataset=Dataset.from_list(

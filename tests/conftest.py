@@ -1,0 +1,193 @@
+"""What the tests of the orchestration half share: a sandbox for a whole pipeline, and the environment of this process."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+# `assets.settings` and `dagster_project.resources` read these when they are imported. Nothing here may reach the
+# storage, the Dagster history or the MLflow server of the person who runs the tests.
+_SCRATCH = tempfile.TemporaryDirectory(prefix="alignment-tests-")
+for _name in ("DAGSTER_HOME", "MLFLOW_TRACKING_URI", "ALIGNMENT_DATA_ROOT", "DAGSTER_UI_URL", "MLFLOW_UI_URL"):
+    os.environ.pop(_name, None)
+os.environ.update(
+    ALIGNMENT_RECIPE="tiny",
+    ALIGNMENT_STORAGE=str(Path(_SCRATCH.name) / "storage"),
+    MLFLOW_DISABLE_TELEMETRY="true",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+# The commands of `make demo` one after the other in one process, so that the heavy imports are paid for once.
+DEMO_RUNS = """
+import json, sys
+from dagster_project import demo
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["demo", *arguments]
+    demo.main()
+"""
+
+# Some of the job's assets for the constitution `general`, the way `make demo` materializes all of them.
+PARTIAL_RUN = """
+import json, sys
+import dagster as dg
+from dagster_project.demo import alignment
+keys, run_config = json.loads(sys.argv[1])
+with dg.DagsterInstance.get() as instance:
+    result = dg.execute_job(
+        dg.reconstructable(alignment),
+        instance,
+        run_config=run_config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
+        tags={"dagster/partition": "general"},
+        asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
+    )
+sys.exit(0 if result.success else 1)
+"""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A job in a subprocess, and the file with its output."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def finish(self, timeout: float = 300) -> str:
+        """Wait until it ends, assert that it succeeded, and return what it printed."""
+        try:
+            code = self.process.wait(timeout)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+        assert code == 0, self.text()[-6000:]
+        return self.text()
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A pipeline of its own: storage, Dagster home and data in temporary folders; jobs run in subprocesses."""
+
+    folder: Path
+    data: Path
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "storage"
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "dagster_home"
+
+    def start_demo(self, configs: Sequence[Mapping[str, Any] | None]) -> Started:
+        """`python -m dagster_project.demo` once per run configuration (None: the recipe as it is)."""
+        commands = []
+        for number, config in enumerate(configs):
+            path = self.folder / f"run_{number}.yaml"
+            path.write_text(json.dumps(config), encoding="utf-8")
+            commands.append(["--config", str(path)] if config else [])
+        return self._start(DEMO_RUNS, json.dumps(commands))
+
+    def start_assets(self, keys: Sequence[str], config: Mapping[str, Any]) -> Started:
+        """Only some of the job's assets."""
+        return self._start(PARTIAL_RUN, json.dumps([keys, config]))
+
+    def _start(self, script: str, argument: str) -> Started:
+        self.home.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / "dagster_home" / "dagster.yaml", self.home)
+        log = self.folder / f"output_{len(list(self.folder.glob('output_*')))}.log"
+        env = {
+            **os.environ,
+            "ALIGNMENT_STORAGE": str(self.storage),
+            "ALIGNMENT_DATA_ROOT": str(self.data),
+            "DAGSTER_HOME": str(self.home),
+            "PYTHONPATH": str(PROJECT),
+        }
+        command = [sys.executable, "-c", script, argument]
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=self.folder)
+        return Started(process, log)
+
+    @contextmanager
+    def instance(self) -> Iterator[Any]:
+        """The Dagster instance that the jobs ran in."""
+        import dagster as dg
+
+        with dg.DagsterInstance.from_config(str(self.home)) as instance:
+            yield instance
+
+    def mlflow(self) -> Any:
+        """A client of the MLflow database that the jobs logged to."""
+        import mlflow
+
+        uri = f"sqlite:///{self.storage / 'mlflow.db'}"
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def mlflow_runs(self, tags: Mapping[str, str]) -> list[Any]:
+        """The MLflow runs with these tags, oldest first."""
+        client = self.mlflow()
+        experiment = client.get_experiment_by_name("alignment").experiment_id
+        runs = client.search_runs([experiment], order_by=["attributes.start_time ASC"], max_results=1000)
+        return [run for run in runs if tags.items() <= run.data.tags.items()]
+
+    def artifacts(self, asset: str) -> list[Path]:
+        """The published artifact folders of an asset, oldest first."""
+        return sorted((self.storage / "artifacts" / asset).glob("*"), key=lambda path: path.stat().st_mtime)
+
+
+@pytest.fixture(scope="session")
+def fresh_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data as in a fresh clone: pinned by `data.dvc`, in the embedded remote, and not yet pulled."""
+    root = tmp_path_factory.mktemp("data_root")
+    shutil.copytree(PROJECT / "dvc_store", root / "dvc_store")
+    shutil.copy(PROJECT / "data.dvc", root)
+    config = (PROJECT / ".dvc" / "config").read_text(encoding="utf-8")
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config").write_text(config.replace("[core]", "[core]\n    no_scm = true"), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path) -> Callable[[str], Sandbox]:
+    """A function that makes a sandbox by name."""
+    return lambda name: Sandbox(tmp_path_factory.mktemp(name), fresh_data)
+
+
+@pytest.fixture(scope="session")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """For tests of several processes at once: new ones start within milliseconds, so that they really meet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mlflow", "resources.artifacts", "resources.tracking"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs Python code in a new process, with this project on its path."""
+
+    def run(script: str, *arguments: str, cwd: Path = PROJECT, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env={**os.environ, "PYTHONPATH": str(cwd), **env},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run

@@ -1,0 +1,105 @@
+"""What must stay true of the code as a whole: who imports whom, what loading the definitions costs."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+HEAVY = [
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "mlflow",
+    "dvc",
+    "datasets",
+    "pandas",
+    "matplotlib",
+    "pyarrow",
+]
+
+
+def test_import_contracts_hold():
+    done = subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_loading_the_definitions_imports_nothing_heavy(python):
+    script = "import sys, dagster_project.definitions; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = python(script)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) & set(HEAVY) == set()
+
+
+def test_definitions_validate_in_three_seconds_of_cpu_time(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [BIN / "dagster", "definitions", "validate", "-w", PROJECT / "workspace.yaml"],
+        cwd=tmp_path,  # the workspace file works from any folder
+        env={**os.environ, "DAGSTER_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Validation successful for code location alignment" in done.stdout + done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 3
+
+
+def test_the_library_imports_without_orchestrator_tracker_and_data_versioning(python):
+    script = """
+import importlib, pkgutil, sys
+sys.modules.update({name: None for name in ("dagster", "mlflow", "dvc")})
+import alignment
+names = [m.name for m in pkgutil.walk_packages(alignment.__path__, "alignment.")]
+for name in names:
+    importlib.import_module(name)
+print(*names)
+"""
+    done = python(script)
+    assert done.returncode == 0, done.stderr
+    files = [p.relative_to(PROJECT) for p in (PROJECT / "alignment").rglob("*.py") if p.name != "__init__.py"]
+    assert {".".join(p.with_suffix("").parts) for p in files} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (PROJECT / "conf" / "recipes").glob("*.yaml")))
+def test_definitions_load_under_every_recipe(python, recipe):
+    script = "from dagster_project.definitions import defs; print(len(list(defs.resolve_asset_graph().get_all_asset_keys())))"
+    done = python(script, ALIGNMENT_RECIPE=recipe)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 12
+
+
+def test_an_unknown_recipe_key_is_refused_when_the_definitions_load(python, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("sft_checkpoint:\n  optim: {epoch: 3}\n", encoding="utf-8")
+    done = python("import dagster_project.definitions", ALIGNMENT_RECIPE=str(recipe))
+    assert done.returncode != 0
+    assert f"{recipe}: key 'sft_checkpoint.optim.epoch': is not a known key" in done.stderr
+
+
+def test_a_misspelt_stage_in_a_recipe_is_refused_when_the_definitions_load(python, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("sft_chekpoint:\n  max_length: 64\n", encoding="utf-8")
+    done = python("import dagster_project.definitions", ALIGNMENT_RECIPE=str(recipe))
+    assert done.returncode != 0
+    assert "sft_chekpoint" in done.stderr
+
+
+def test_a_sixth_constitution_needs_no_python(python, tmp_path):
+    for package in ("alignment", "resources", "assets", "conf"):
+        shutil.copytree(PROJECT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    general = tmp_path / "conf" / "constitutions" / "general.yaml"
+    shutil.copy(general, general.with_name("legal.yaml"))
+    done = python("from assets.settings import PARTITIONS; print(*PARTITIONS.get_partition_keys())", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shipped = [p.stem for p in (PROJECT / "conf" / "constitutions").glob("*.yaml")]
+    assert done.stdout.split() == sorted([*shipped, "legal"])
