@@ -7,7 +7,8 @@ Deviations: the revision is asked for in the critic's own conversation, so it se
 paying for a second copy of the prompt; where the critic finds nothing, the answer stands and no revision is asked for.
 Whether it finds nothing is read from the probability of those words, not from the likeliest text: a small critic that
 was taught "No violations found" in a third of the cases would otherwise say so always, since every real critique opens
-differently. The same probability, before against after, says whether the critic itself holds the revision for better.
+differently. Several revisions may be sampled; a reward model trained on human pairs alone picks the best, and says whether
+it is better than the initial answer (rejection sampling, as in arXiv 2112.09332; the evaluator takes no part in it).
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from pydantic import Field
 
 from alignment.constitutions import Constitution, Principle
 from alignment.fingerprint import layout
-from alignment.generation import SamplingSettings, generate
+from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import answer_log_probs
 from alignment.models import Config, LoadSettings
 from alignment.pair_filters import FilterSettings, reject_reason
 from alignment.progress import SILENT, Log, Progress
 from alignment.readers import NO_VIOLATIONS
 from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair, Prompt, Record
+from alignment.reward import score
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -59,8 +61,10 @@ class CritiqueConfig(Config):
     no_violation_threshold: float = Field(
         0.5, gt=0, le=1, description="The critic finds nothing when the probability that it says so is at least this"
     )
+    candidates: int = Field(1, ge=1, description="Revisions sampled per critique; the judge picks the best")
     filters: FilterSettings = Field(FilterSettings(), description="Which revisions are worth training on")
-    load: LoadSettings = Field(LoadSettings(), description="How the critic is loaded")
+    load: LoadSettings = Field(LoadSettings(), description="How critic and judge are loaded")
+    score_batch_size: int = Field(64, ge=1, **layout("Answers the judge scores at once"))
     chunk: int = Field(64, ge=1, **layout("Prompts taken through all rounds before their results are saved"))
     seed: int = Field(0, ge=0, description="Seed of the principles drawn and the answers sampled")
 
@@ -77,8 +81,8 @@ class Round(Record):
 class Revised(Record):
     """A prompt's way through the loop: as in the document, `initial`, `revisions` and `final`.
 
-    `truncated`: the initial answer or a revision hit the token limit. `approval_*`: the critic's probability of
-    "No violations found" under the first principle drawn, for the initial and for the final answer.
+    `truncated`: the initial answer or a revision hit the token limit. `reward_*`: the judge's score of the initial and of
+    the final answer.
     """
 
     id: str
@@ -87,12 +91,13 @@ class Revised(Record):
     revisions: tuple[Round, ...]
     final: str
     truncated: bool
-    approval_before: float
-    approval_after: float
+    reward_initial: float
+    reward_final: float
 
 
 def critique_and_revise(
     model: PreTrainedModel,
+    judge: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     constitution: Constitution,
@@ -101,8 +106,10 @@ def critique_and_revise(
     work: Path,
     log: Log = SILENT,
 ) -> list[Revised]:
-    """Take every prompt through the loop. Finished prompts are appended to `work/rounds.jsonl` chunk by chunk, so a
-    killed run loses at most one chunk; what that file already holds is not generated again.
+    """Take every prompt through the loop; `judge` is a reward model over the same tokenizer.
+
+    Finished prompts are appended to `work/rounds.jsonl` chunk by chunk, so a killed run loses at most one chunk; what that
+    file already holds is not generated again.
     """
     path = work / "rounds.jsonl"
     done = {r.id: r for r in _read_finished(path)}
@@ -112,7 +119,7 @@ def critique_and_revise(
     progress = Progress(log, "critique and revise", len(todo))
     for start in range(0, len(todo), config.chunk):
         chunk = todo[start : start + config.chunk]
-        results = _revise_chunk(model, tokenizer, chunk, constitution, config)
+        results = _revise_chunk(model, judge, tokenizer, chunk, constitution, config)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(r.model_dump_json() + "\n" for r in results)
         done |= {r.id: r for r in results}
@@ -127,8 +134,8 @@ def preference_pairs(
     """Pairs (rejected = initial, chosen = final) worth training on, and how many were left out by reason."""
     pairs, reasons = [], Counter()
     for r in revised:
-        approval = r.approval_after - r.approval_before
-        reason = reject_reason(r.prompt, r.initial, r.final, r.truncated, approval, filters)
+        gain = r.reward_final - r.reward_initial
+        reason = reject_reason(r.prompt, r.initial, r.final, r.truncated, gain, filters)
         if reason is None:
             pairs.append(
                 PreferencePair(
@@ -161,37 +168,31 @@ def revision_request() -> str:
     return _template("revision").render()
 
 
-def critique_conversations(demonstration: CritiqueDemonstration) -> list[Conversation]:
-    """The conversations that teach one worked critique, exactly what the critic is asked later, turn for turn.
+def critique_conversation(demonstration: CritiqueDemonstration) -> Conversation:
+    """The conversation that teaches one worked critique: request, critique and, unless nothing was found, the revision.
 
-    The first is request, critique and, unless nothing was found, request and revision. Where there is a revision, a
-    second one shows it to the critic under the same prompt and principle: there is nothing left to find. The contrast
-    between the two is what makes the critic's "No violations found" mean something.
+    Exactly what the critic is asked later, turn for turn.
     """
     d = demonstration
     turns = [
         Message(role="user", content=critique_request(d.prompt, d.response, d.principle)),
         Message(role="assistant", content=d.critique),
     ]
-    if d.revision is None:
-        return [Conversation(id=d.id, messages=tuple(turns), category="critique")]
-    turns += [Message(role="user", content=revision_request()), Message(role="assistant", content=d.revision)]
-    approval = (
-        Message(role="user", content=critique_request(d.prompt, d.revision, d.principle)),
-        Message(role="assistant", content=f"{NO_VIOLATIONS}."),
-    )
-    return [
-        Conversation(id=d.id, messages=tuple(turns), category="critique"),
-        Conversation(id=f"{d.id}-revised", messages=approval, category="critique"),
-    ]
+    if d.revision is not None:
+        turns += [Message(role="user", content=revision_request()), Message(role="assistant", content=d.revision)]
+    return Conversation(id=d.id, messages=tuple(turns), category="critique")
 
 
-def _revise_chunk(model, tokenizer, prompts, constitution, config) -> list[Revised]:
+def _revise_chunk(model, judge, tokenizer, prompts, constitution, config) -> list[Revised]:
     def seeds(rows: Sequence[int], what: str) -> list[int]:
         return [_seed(config.seed, prompts[i].id, what) for i in rows]
 
     def asked(i: int, k: int) -> list[dict[str, str]]:
         return [{"role": "user", "content": critique_request(prompts[i].prompt, current[i], principles[i][k].text)}]
+
+    def rewards(rows: Sequence[int], answers: Sequence[str]) -> list[float]:
+        told = [[*questions[i], {"role": "assistant", "content": a or " "}] for i, a in zip(rows, answers, strict=True)]
+        return score(judge, tokenizer, told, config.score_batch_size)
 
     everyone = range(len(prompts))
     questions = [[{"role": "user", "content": p.prompt}] for p in prompts]
@@ -199,11 +200,11 @@ def _revise_chunk(model, tokenizer, prompts, constitution, config) -> list[Revis
     principles = [draw_principles(constitution, config.rounds, p.id, config.seed) for p in prompts]
     current = [c.text for c in initial]
     truncated = [not c.ended for c in initial]
+    reward_initial = rewards(everyone, current)
+    reward_final = list(reward_initial)
     rounds: list[list[Round]] = [[] for _ in prompts]
     for k in range(len(principles[0])):
         approval = _approval(model, tokenizer, [asked(i, k) for i in everyone], config)
-        if k == 0:
-            approval_before = approval
         faulty = [i for i in everyone if approval[i] < config.no_violation_threshold]
         requests = [asked(i, k) for i in faulty]
         critiques = generate(
@@ -213,15 +214,32 @@ def _revise_chunk(model, tokenizer, prompts, constitution, config) -> list[Revis
             [*r, {"role": "assistant", "content": c.text or "-"}, {"role": "user", "content": revision_request()}]
             for r, c in zip(requests, critiques, strict=True)
         ]
-        revisions = generate(model, tokenizer, requests, config.revision, seeds=seeds(faulty, f"revision {k}"))
-        found = {i: (c.text, r) for i, c, r in zip(faulty, critiques, revisions, strict=True)}
+        sampled = [(i, r, j) for i, r in zip(faulty, requests, strict=True) for j in range(config.candidates)]
+        revisions = generate(
+            model,
+            tokenizer,
+            [r for _, r, _ in sampled],
+            config.revision,
+            seeds=[_seed(config.seed, prompts[i].id, f"revision {k} {j}") for i, _, j in sampled],
+        )
+        scores = rewards([i for i, _, _ in sampled], [r.text for r in revisions])
+        best: dict[int, tuple[float, Completion]] = {}
+        for (i, _, _), revision, reward in zip(sampled, revisions, scores, strict=True):
+            if i not in best or reward > best[i][0]:
+                best[i] = (reward, revision)
+        said = {i: c.text for i, c in zip(faulty, critiques, strict=True)}
         for i in everyone:
-            critique, revision = found.get(i, (f"{NO_VIOLATIONS}.", None))
-            if revision is not None:
+            if i in best:
+                reward_final[i], revision = best[i]
                 current[i], truncated[i] = revision.text, truncated[i] or not revision.ended
-            revised = revision is not None
-            rounds[i].append(Round(principle=principles[i][k].id, critique=critique, revision=current[i], revised=revised))
-    approval_after = _approval(model, tokenizer, [asked(i, 0) for i in everyone], config)
+            rounds[i].append(
+                Round(
+                    principle=principles[i][k].id,
+                    critique=said.get(i, f"{NO_VIOLATIONS}."),
+                    revision=current[i],
+                    revised=i in best,
+                )
+            )
     return [
         Revised(
             id=p.id,
@@ -230,8 +248,8 @@ def _revise_chunk(model, tokenizer, prompts, constitution, config) -> list[Revis
             revisions=tuple(rounds[i]),
             final=current[i],
             truncated=truncated[i],
-            approval_before=approval_before[i],
-            approval_after=approval_after[i],
+            reward_initial=reward_initial[i],
+            reward_final=reward_final[i],
         )
         for i, p in enumerate(prompts)
     ]

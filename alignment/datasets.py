@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from alignment.critique import critique_conversations
+from alignment.critique import critique_conversation
 from alignment.models import Config
 from alignment.readers import DataError, deduplicate, read_conversations, read_critiques, read_preferences, read_prompts
 from alignment.splits import position, split_of
@@ -65,13 +65,12 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     heldout = [c for c in demonstrations if split_of(c.prompt, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
     _need(train, "training conversation", config.demonstrations)
-    lessons = [conversation for c in taught for conversation in critique_conversations(c)]
-    write_jsonl(out / "train.jsonl", [*train, *lessons])
+    write_jsonl(out / "train.jsonl", [*train, *map(critique_conversation, taught)])
     write_jsonl(out / "heldout.jsonl", heldout)
     return {
-        "rows/train": len(train) + len(lessons),
+        "rows/train": len(train) + len(taught),
         "rows/train_demonstrations": len(train),
-        "rows/train_critiques": len(lessons),
+        "rows/train_critiques": len(taught),
         "rows/heldout": len(heldout),
         "rows/duplicates_removed": twice + twice_critiques,
     }
@@ -99,6 +98,8 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
 def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
     """Write `train.jsonl` and `heldout.jsonl` (prompts with tags)."""
     prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: p.prompt)
+    # Ordered by a hash, so that "the first n" (max_prompts) is a random sample whatever order the file has.
+    prompts = sorted(prompts, key=lambda p: position(p.prompt, "order"))
     sides = {side: [p for p in prompts if split_of(p.prompt, config.heldout_fraction) == side] for side in ("train", "heldout")}
     for side, rows in sides.items():
         _need(rows, f"{side} prompt", config.prompts)

@@ -183,8 +183,7 @@ def _scores(
     log: Log,
     what: str,
 ) -> tuple[list[float], list[float]]:
-    model = load_reward_model(files, config.load)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model = load_reward_model(files, config.load, tokenizer=tokenizer)
     conversations = [
         [*q, {"role": "assistant", "content": c.text or " "}]
         for answers in (ours, theirs)

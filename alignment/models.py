@@ -114,13 +114,24 @@ def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool
     return _with_adapter(model, files, trainable)
 
 
-def load_reward_model(files: ModelFiles, settings: LoadSettings, *, trainable: bool = False, seed: int = 0) -> PreTrainedModel:
-    """A sequence classifier with one label, the scalar reward. A score head that is not in the files is drawn from `seed`."""
+def load_reward_model(
+    files: ModelFiles,
+    settings: LoadSettings,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    trainable: bool = False,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A sequence classifier with one label, the scalar reward; a score head that is not in the files is drawn from `seed`.
+
+    The tokenizer's pad token is set on the model: the score is read at the last token that is not padding.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
+    model.config.pad_token_id = tokenizer.pad_token_id
     return _with_adapter(model, files, trainable)
 
 

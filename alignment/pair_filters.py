@@ -38,21 +38,19 @@ class FilterSettings(Config):
         0.2, ge=0, le=1, description="Share of three-word sequences that may be repeats of earlier ones"
     )
     keep_truncated: bool = Field(False, description="Keep pairs with an answer that was cut at its token limit")
-    min_approval_gain: float = Field(
-        0.0, ge=-1, le=1, description="The critic's probability of finding nothing must rise by at least this"
-    )
+    min_reward_gain: float = Field(0.0, description="The judge must score the revision higher by at least this")
     min_share_kept: float = Field(
         0.25, ge=0, le=1, description="The asset's check fails when a smaller share of the prompts ends in a pair"
     )
 
 
 def reject_reason(
-    prompt: str, initial: str, final: str, truncated: bool, approval_gain: float, settings: FilterSettings
+    prompt: str, initial: str, final: str, truncated: bool, reward_gain: float, settings: FilterSettings
 ) -> Reason | None:
     """Why (prompt, initial -> final) is not worth training on, or None if it is.
 
     Args:
-        approval_gain: how much likelier the critic is to find nothing wrong with `final` than with `initial`.
+        reward_gain: the judge's score of `final` minus that of `initial`.
     """
     before, after = normalise(initial).split(), normalise(final).split()
     if before == after:
@@ -73,7 +71,7 @@ def reject_reason(
         return "meta"
     if _repetition(after) > settings.max_repetition:
         return "repetitive"
-    if approval_gain < settings.min_approval_gain:
+    if reward_gain < settings.min_reward_gain:
         return "not_better"
     return None
 

@@ -98,8 +98,7 @@ def train_reward_model(
     if config.finetuning == "full":
         load = load.model_copy(update={"dtype": "float32"})
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
-    model = load_reward_model(base, load, trainable=config.finetuning == "full", seed=config.optim.seed)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
     trainer = RewardTrainer(
         model=model,
         args=TrlConfig(**arguments, center_rewards_coefficient=config.center_rewards_coefficient or None),
@@ -224,8 +223,7 @@ def _check_reload(config, base, out, tokenizer, pairs, expected) -> None:
     if not pairs:
         return
     files = ModelFiles(base.base, out / "model") if config.finetuning == "lora" else ModelFiles(out / "model")
-    fresh = load_reward_model(files, config.load)
-    fresh.config.pad_token_id = tokenizer.pad_token_id
+    fresh = load_reward_model(files, config.load, tokenizer=tokenizer)
     again, _ = score_pairs(fresh, tokenizer, pairs, config.score_batch_size)
     gap = max(abs(a - b) for a, b in zip(again, expected, strict=True))
     if gap > 0.05 * (1 + max(abs(e) for e in expected)):

@@ -5,7 +5,7 @@ import dagster as dg
 from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs
 from alignment.datasets import write_jsonl
 from alignment.errors import UserError
-from alignment.handles import Checkpoint, PreferenceDataset, PromptSet
+from alignment.handles import Checkpoint, PreferenceDataset, PromptSet, RewardModel
 from alignment.readers import read_prompts
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
@@ -34,6 +34,7 @@ def constitutional_preference_pairs(
     context: dg.AssetExecutionContext,
     config: LaunchConfig,  # type: ignore[valid-type]
     sft_checkpoint: Checkpoint,
+    human_reward_model: RewardModel,
     prompts: PromptSet,
     store: ArtifactStore,
     tracking: MlflowTracking,
@@ -47,7 +48,7 @@ def constitutional_preference_pairs(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            from alignment.models import load_causal_lm, load_tokenizer
+            from alignment.models import load_causal_lm, load_reward_model, load_tokenizer
 
             asked = [p for p in read_prompts(store.path(prompts) / "train.jsonl") if set(p.tags) & set(rules.prompt_tags)][
                 : settings.max_prompts or None
@@ -58,9 +59,11 @@ def constitutional_preference_pairs(
                     "Remedy: add prompts with such a tag, or correct prompt_tags."
                 )
             files = store.model_files(sft_checkpoint)
+            tokenizer = load_tokenizer(files.base)
             revised = critique_and_revise(
                 load_causal_lm(files, settings.load),
-                load_tokenizer(files.base),
+                load_reward_model(store.model_files(human_reward_model), settings.load, tokenizer=tokenizer),
+                tokenizer,
                 asked,
                 rules,
                 settings,
@@ -77,6 +80,8 @@ def constitutional_preference_pairs(
                 "share_kept": len(pairs) / len(revised),
                 "share_no_violations": sum(not r.revised for x in revised for r in x.revisions)
                 / sum(len(x.revisions) for x in revised),
+                "reward/initial": sum(r.reward_initial for r in revised) / len(revised),
+                "reward/final": sum(r.reward_final for r in revised) / len(revised),
                 **{f"filtered/{reason}": float(count) for reason, count in sorted(reasons.items())},
             }
             table = [
@@ -96,7 +101,7 @@ def constitutional_preference_pairs(
             kind=PreferenceDataset,
             config=settings,
             code_version=CODE_VERSION,
-            inputs={"sft_checkpoint": sft_checkpoint, "prompts": prompts},
+            inputs={"sft_checkpoint": sft_checkpoint, "human_reward_model": human_reward_model, "prompts": prompts},
             constitution=rules,
             compute=compute,
         )

@@ -1,4 +1,6 @@
-"""`reward_model[c]` trains policies; `evaluator[c]` judges them: other seed, disjoint human pairs, and never the two mixed."""
+"""The three scorers. `human_reward_model` judges revisions, `reward_model[c]` trains policies, `evaluator[c]` judges policies:
+it has another seed and human pairs of its own, and takes part in no training.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -17,7 +19,28 @@ from resources.dvc_data import DvcData
 from resources.tracking import MlflowTracking
 
 RewardLaunchConfig = launch_config("reward_model", recipe_config("reward_model", RewardConfig))
+HumanLaunchConfig = launch_config("human_reward_model", recipe_config("human_reward_model", RewardConfig))
 EvaluatorLaunchConfig = launch_config("evaluator", recipe_config("evaluator", RewardConfig))
+
+
+@dg.asset(**dressed("reward", {"trl", "peft"}, gpu=True))
+def human_reward_model(
+    context: dg.AssetExecutionContext,
+    config: HumanLaunchConfig,  # type: ignore[valid-type]
+    base_model: Checkpoint,
+    human_preferences: PreferenceDataset,
+    store: ArtifactStore,
+    tracking: MlflowTracking,
+    dvc: DvcData,
+) -> dg.MaterializeResult[RewardModel]:
+    """A scorer trained on the human pairs alone: picks the best of several revisions and drops those that are no better
+    than the initial answer. Shared by all constitutions."""
+
+    def pairs(settings: RewardConfig, rules: Constitution | None) -> Sequence[PreferencePair]:
+        return read_preferences(store.path(human_preferences) / "reward_train.jsonl")
+
+    inputs = {"base_model": base_model, "human_preferences": human_preferences}
+    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
 
 
 @dg.asset(partitions_def=PARTITIONS, **dressed("reward", {"trl", "peft"}, gpu=True))
@@ -65,20 +88,20 @@ def evaluator(
     return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
 
 
-def _of(rules: Constitution, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    return [p for p in pairs if not rules.preference_domains or p.domain in rules.preference_domains]
+def _of(rules: Constitution | None, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    return [p for p in pairs if rules is None or not rules.preference_domains or p.domain in rules.preference_domains]
 
 
 def _train(
     context: dg.AssetExecutionContext,
     config: dg.Config,
     inputs: dict[str, Checkpoint | PreferenceDataset],
-    pairs: Callable[[RewardConfig, Constitution], Sequence[PreferencePair]],
+    pairs: Callable[[RewardConfig, Constitution | None], Sequence[PreferencePair]],
     tools: Tools,
 ) -> dg.MaterializeResult[RewardModel]:
     def stage() -> Stage:
         settings = checked_config(RewardConfig, config.model_dump())
-        rules = constitution(context)
+        rules = constitution(context) if context.has_partition_key and context.assets_def.partitions_def else None
 
         def compute(work, log) -> Outcome:
             heldout = read_preferences(tools.store.path(inputs["human_preferences"]) / "heldout.jsonl")

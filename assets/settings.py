@@ -5,8 +5,9 @@ from typing import Any
 import dagster as dg
 
 from alignment.constitutions import Constitution, constitution_names, load_constitution
+from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
 from alignment.models import Config
-from alignment.recipes import Recipe, load_recipe
+from alignment.recipes import Recipe, RecipeError, load_recipe
 from resources.paths import CONSTITUTIONS, recipe_path
 
 OWNERS = ["team:alignment"]
@@ -22,9 +23,37 @@ RECIPE: Recipe = load_recipe(recipe_path())
 PARTITIONS = dg.StaticPartitionsDefinition(constitution_names(CONSTITUTIONS))
 
 
+_stages: set[str] = set()
+
+
 def recipe_config(stage: str, kind: type[Config]) -> Config:
     """The recipe's configuration of a stage."""
+    _stages.add(stage)
     return RECIPE.config(stage, kind)
+
+
+def check_recipe() -> None:
+    """Called when all assets are defined.
+
+    Raises:
+        RecipeError: the recipe names a stage that no asset reads, or holds out different shares in the data stages.
+    """
+    unknown = sorted(set(RECIPE.stages) - _stages)
+    if unknown:
+        raise RecipeError(f"{RECIPE.path}: key {unknown[0]!r}: no such stage. Remedy: one of {', '.join(sorted(_stages))}.")
+    shares = {
+        stage: RECIPE.config(stage, kind).heldout_fraction
+        for stage, kind in (
+            ("sft_dataset", SftDatasetConfig),
+            ("human_preferences", HumanPreferencesConfig),
+            ("prompts", PromptsConfig),
+        )
+    }
+    if len(set(shares.values())) > 1:
+        raise RecipeError(
+            f"{RECIPE.path}: heldout_fraction differs between {shares}; prompts held out of one data set would be trained on "
+            "in another. Remedy: give all three the same value."
+        )
 
 
 def constitution(context: dg.AssetExecutionContext) -> Constitution:

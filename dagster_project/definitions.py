@@ -7,12 +7,15 @@ from assets.champion import champion
 from assets.constitutional import constitutional_preference_pairs
 from assets.data import data, human_preferences, prompts, sft_dataset
 from assets.policies import policies, reports
-from assets.reward_models import evaluator, reward_model
+from assets.reward_models import evaluator, human_reward_model, reward_model
+from assets.settings import check_recipe
 from assets.sft import sft_checkpoint
 from dagster_project.jobs import alignment_job
 from dagster_project.resources import resources
 from dagster_project.schedules import weekly_retraining
 from dagster_project.sensors import new_data
+
+check_recipe()
 
 defs = dg.Definitions(
     assets=[
@@ -22,6 +25,7 @@ defs = dg.Definitions(
         human_preferences,
         prompts,
         sft_checkpoint,
+        human_reward_model,
         constitutional_preference_pairs,
         reward_model,
         evaluator,

@@ -14,9 +14,7 @@ MULTI_TURN = [
     ("user", "Danke, größer als 2024 — oder? 東京"),
     ("assistant", "Ja.\n\nGenau vier Jahre später."),
 ]
-conversations = pytest.mark.parametrize(
-    "turns", [SINGLE, WITH_SYSTEM, MULTI_TURN], ids=["single", "with system", "multi-turn"]
-)
+conversations = pytest.mark.parametrize("turns", [SINGLE, WITH_SYSTEM, MULTI_TURN], ids=["single", "with system", "multi-turn"])
 
 
 def messages(turns):

@@ -32,9 +32,7 @@ LAYOUT = {
 PRINCIPLE = Principle(id="honest", text="Be honest.")
 WITHOUT_DEFAULTS = {
     Principle: PRINCIPLE,
-    Constitution: Constitution(
-        name="general", description="d", prompt_tags=("general",), principles=(PRINCIPLE,), text="t"
-    ),
+    Constitution: Constitution(name="general", description="d", prompt_tags=("general",), principles=(PRINCIPLE,), text="t"),
     Rule: Rule(name="length", passed=True, reason="1 against 1"),
 }
 

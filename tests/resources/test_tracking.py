@@ -1,0 +1,343 @@
+"""MLflow as the contract wants it: one parent per Dagster run, one child per attempt, whatever dies or runs at once."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resources.tracking import DataInput, MlflowTracking, StepInfo, flatten
+
+PARAMS = {"optim": {"seed": 0, "learning_rate": 1e-4}, "wide": {f"key{i}": i for i in range(120)}, "long": "x" * 5000}
+STEPS = 30
+
+
+def open_tracking(folder: Path) -> MlflowTracking:
+    return MlflowTracking(
+        tracking_uri=f"sqlite:///{folder / 'mlflow.db'}",
+        artifact_root=str(folder / "mlartifacts"),
+        lock_folder=str(folder / "locks"),
+    ).process_config_and_initialize()
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and nothing in them; creating them takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tracking(tmp_path: Path, empty_database: Path) -> MlflowTracking:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return open_tracking(tmp_path)
+
+
+def step(asset: str, retry: int = 0, run: str = "run-1", root: str = "run-1", partition: str | None = None) -> StepInfo:
+    return StepInfo(
+        run_id=run,
+        root_run_id=root,
+        job="alignment",
+        asset=asset,
+        partition=partition,
+        retry_number=retry,
+        run_url=f"http://127.0.0.1:3000/runs/{run}",
+    )
+
+
+def runs(tracking: MlflowTracking, level: str) -> list[Any]:
+    found = tracking.client().search_runs([tracking.experiment_id], order_by=["attributes.start_time ASC"])
+    return [run for run in found if run.data.tags["alignment.level"] == level]
+
+
+def parent(tracking: MlflowTracking) -> Any:
+    (run,) = runs(tracking, "run")
+    return run
+
+
+def fail(tracking: MlflowTracking, info: StepInfo) -> None:
+    with pytest.raises(ZeroDivisionError), tracking.attempt(info, {}):
+        1 / 0  # noqa: B018
+
+
+def succeed(tracking: MlflowTracking, info: StepInfo) -> str:
+    with tracking.attempt(info, {}) as attempt:
+        return attempt.run_id
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def _log_one_asset(folder: Path, asset: str, barrier: Any) -> None:
+    barrier.wait(60)
+    info = step(asset, partition="general")
+    with open_tracking(folder).attempt(info, {"alignment.fingerprint": f"print of {asset}"}) as attempt:
+        attempt.params(PARAMS)
+        attempt.inputs([DataInput(asset, f"data/{asset}.jsonl", "0" * 32, 7)])
+        for number in range(STEPS):
+            attempt.metrics(number, {"loss": 1 / (1 + number), "grad_norm": float(number)})
+        attempt.final({"loss": 0.25})
+        attempt.tags({"alignment.reused": "false"})
+
+
+def test_four_processes_on_a_fresh_database_share_one_parent(tmp_path, processes):
+    assets = ["base_model", "sft_dataset", "human_preferences", "prompts"]
+    barrier = processes.Barrier(len(assets))
+    started = [processes.Process(target=_log_one_asset, args=(tmp_path, asset, barrier)) for asset in assets]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0] * len(assets)
+
+    tracking = open_tracking(tmp_path)
+    above = parent(tracking)
+    assert above.info.status == "FINISHED"
+    assert above.info.run_name == "alignment[general]"
+    children = {run.data.tags["dagster.asset_key"]: run for run in runs(tracking, "attempt")}
+    assert sorted(children) == sorted(assets)
+    assert len(runs(tracking, "attempt")) == len(assets)
+    flat = {key: str(value) for key, value in flatten(PARAMS).items()}
+    for asset, child in children.items():
+        assert child.info.status == "FINISHED"
+        assert child.info.run_name == f"{asset}[general]"
+        assert child.data.params == flat
+        expected = {
+            "mlflow.parentRunId": above.info.run_id,
+            "dagster.run_id": "run-1",
+            "dagster.root_run_id": "run-1",
+            "dagster.partition": "general",
+            "dagster.retry_number": "0",
+            "dagster.run_url": "http://127.0.0.1:3000/runs/run-1",
+            "alignment.fingerprint": f"print of {asset}",
+            "alignment.reused": "false",
+        }
+        assert expected.items() <= child.data.tags.items()
+        assert child.data.metrics["final/loss"] == 0.25
+        for name, value in (("loss", lambda n: 1 / (1 + n)), ("grad_norm", float)):
+            history = tracking.client().get_metric_history(child.info.run_id, name)
+            assert {m.step: m.value for m in history} == {n: value(n) for n in range(STEPS)}
+        assert [i.dataset.name for i in child.inputs.dataset_inputs] == [asset]
+
+
+def _attempt_and_die(folder: Path, info: StepInfo) -> None:
+    with open_tracking(folder).attempt(info, {}) as attempt:
+        attempt.metrics(3, {"loss": 0.5})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_attempt_is_closed_by_its_successor(tracking, tmp_path, processes):
+    process = processes.Process(target=_attempt_and_die, args=(tmp_path, step("sft_checkpoint")))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [run.info.status for run in runs(tracking, "attempt")] == ["RUNNING"]
+    with tracking.attempt(step("prompts"), {}):
+        # Another asset's attempt says nothing about this one, which may still be alive.
+        killed, *_ = runs(tracking, "attempt")
+        assert killed.info.status == "RUNNING"
+    assert parent(tracking).info.status == "RUNNING"
+    with tracking.attempt(step("sft_checkpoint", retry=1), {}):
+        by_id = {run.info.run_id: run.info for run in runs(tracking, "attempt")}
+        assert by_id[killed.info.run_id].status == "KILLED"
+        assert by_id[killed.info.run_id].end_time is not None
+        assert parent(tracking).info.status == "RUNNING"
+    assert sorted(run.info.status for run in runs(tracking, "attempt")) == ["FINISHED", "FINISHED", "KILLED"]
+    assert parent(tracking).info.status == "FINISHED"
+
+
+# --- statuses ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_marks_child_and_parent_and_a_later_success_mends_the_parent(tracking):
+    succeed(tracking, step("prompts"))
+    assert parent(tracking).info.status == "FINISHED"
+    fail(tracking, step("base_model"))
+    assert parent(tracking).info.status == "FAILED"
+    succeed(tracking, step("sft_dataset"))
+    assert parent(tracking).info.status == "FAILED"  # another asset's success mends nothing
+    fail(tracking, step("base_model", retry=1))
+    assert parent(tracking).info.status == "FAILED"
+    with tracking.attempt(step("base_model", retry=2), {}):
+        assert parent(tracking).info.status == "RUNNING"
+    assert parent(tracking).info.status == "FINISHED"
+    attempts = [run for run in runs(tracking, "attempt") if run.data.tags["dagster.asset_key"] == "base_model"]
+    assert [run.info.status for run in attempts] == ["FAILED", "FAILED", "FINISHED"]
+    assert [run.data.tags["dagster.retry_number"] for run in attempts] == ["0", "1", "2"]
+
+
+def test_the_parent_runs_while_any_child_does(tracking):
+    with tracking.attempt(step("evaluator"), {}):
+        succeed(tracking, step("prompts"))
+        assert parent(tracking).info.status == "RUNNING"
+        fail(tracking, step("base_model"))
+        assert parent(tracking).info.status == "RUNNING"
+    assert parent(tracking).info.status == "FAILED"
+
+
+def test_an_interrupt_ends_the_attempt_too(tracking):
+    with pytest.raises(KeyboardInterrupt), tracking.attempt(step("prompts"), {}):
+        raise KeyboardInterrupt
+    assert [run.info.status for run in runs(tracking, "attempt")] == ["FAILED"]
+
+
+def test_a_re_execution_joins_the_parent_of_the_run_it_repeats(tracking):
+    fail(tracking, step("base_model"))
+    succeed(tracking, step("base_model", run="run-2", root="run-1"))
+    above = parent(tracking)
+    assert above.info.status == "FINISHED"
+    assert above.data.tags["dagster.run_id"] == "run-1"
+    children = runs(tracking, "attempt")
+    assert [run.data.tags["dagster.run_id"] for run in children] == ["run-1", "run-2"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {above.info.run_id}
+    succeed(tracking, step("base_model", run="run-3", root="run-3"))
+    assert len(runs(tracking, "run")) == 2
+
+
+# --- what is logged ---------------------------------------------------------------------------------------------------
+
+
+def test_data_sets_carry_the_md5_that_dvc_knows_them_by(tracking):
+    md5 = "0123456789abcdef0123456789abcdef"
+    with tracking.attempt(step("sft_dataset"), {}) as attempt:
+        attempt.inputs([DataInput("demonstrations", "data/demonstrations.jsonl", md5, 160)])
+        attempt.inputs([])
+    (logged,) = runs(tracking, "attempt")[0].inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == ("demonstrations", f"dvc-{md5}")
+    assert logged.dataset.source == '{"path": "data/demonstrations.jsonl"}'
+    assert logged.dataset.profile == '{"num_rows": 160}'
+    assert [(t.key, t.value) for t in logged.tags] == [("mlflow.data.context", "training")]
+
+
+def test_a_data_set_whose_path_needs_escaping_has_a_source_that_is_json(tracking):
+    import json
+
+    with tracking.attempt(step("sft_dataset"), {}) as attempt:
+        attempt.inputs([DataInput("odd", 'C:\\data\\my "best" rows.jsonl', "0" * 32, 1)])
+    (logged,) = runs(tracking, "attempt")[0].inputs.dataset_inputs
+    assert json.loads(logged.dataset.source) == {"path": 'C:\\data\\my "best" rows.jsonl'}
+
+
+def test_files_folders_and_tables_become_artifacts_below_the_artifact_root(tracking, tmp_path):
+    model = tmp_path / "made" / "model"
+    model.mkdir(parents=True)
+    (model / "weights.safetensors").write_bytes(b"\0" * 8)
+    picture = tmp_path / "made" / "curve.png"
+    picture.write_bytes(b"png")
+    with tracking.attempt(step("sft_checkpoint"), {}) as attempt:
+        attempt.folder(model, "model")
+        attempt.file(picture, "plots")
+        attempt.table([{"prompt": "Why?", "sft": "é"}, {"prompt": "How?", "sft": "So."}], "generations")
+        attempt.table([], "empty")
+    root = tmp_path / "mlartifacts" / attempt.run_id / "artifacts"
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    assert files == ["generations.json", "model/weights.safetensors", "plots/curve.png"]
+    table = tracking.client().load_table(tracking.experiment_id, "generations.json", [attempt.run_id])
+    assert table[["prompt", "sft"]].to_dict("records") == [
+        {"prompt": "Why?", "sft": "é"},
+        {"prompt": "How?", "sft": "So."},
+    ]
+
+
+def test_no_run_is_ever_active_globally(tracking):
+    import mlflow
+
+    with tracking.attempt(step("evaluator"), {}), tracking.attempt(step("prompts"), {}) as inner:
+        assert mlflow.active_run() is None
+        inner.metrics(1, {"loss": 1.0})
+    outer, inner_run = (
+        next(run for run in runs(tracking, "attempt") if run.data.tags["dagster.asset_key"] == asset)
+        for asset in ("evaluator", "prompts")
+    )
+    assert outer.data.metrics == {}
+    assert inner_run.data.metrics == {"loss": 1.0}
+
+
+def test_flatten_joins_keys_and_keeps_lists():
+    assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": {}}) == {"a.b.c": 1, "d": [1, 2]}
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def policies(tracking: MlflowTracking, tmp_path: Path) -> Iterator[list[str]]:
+    """Two runs, each with a `model/` artifact."""
+    ids = []
+    for number in range(2):
+        model = tmp_path / f"policy{number}"
+        model.mkdir()
+        (model / "adapter_model.safetensors").write_bytes(bytes([number]))
+        with tracking.attempt(replace(step("aligned_policy/dpo"), retry_number=number), {}) as attempt:
+            attempt.folder(model, "model")
+        ids.append(attempt.run_id)
+    return ids
+
+
+def register(tracking: MlflowTracking, run_id: str, fingerprint: str, *, promoted: bool, of: str = "general") -> str:
+    return tracking.register(of, run_id, fingerprint, promoted=promoted, description="dpo")
+
+
+def aliases(tracking: MlflowTracking, of: str = "general") -> dict[str, str]:
+    return {k: str(v) for k, v in tracking.client().get_registered_model(f"aligned-policy-{of}").aliases.items()}
+
+
+def test_promotion_moves_the_champion_and_refusal_leaves_it(tracking, policies):
+    assert register(tracking, policies[0], "one", promoted=False) == "1"
+    assert aliases(tracking) == {"challenger": "1"}
+    assert register(tracking, policies[0], "one", promoted=True) == "1"
+    assert aliases(tracking) == {"challenger": "1", "champion": "1"}
+    assert register(tracking, policies[1], "two", promoted=False) == "2"
+    assert aliases(tracking) == {"challenger": "2", "champion": "1"}
+    assert register(tracking, policies[1], "two", promoted=True) == "2"
+    assert aliases(tracking) == {"challenger": "2", "champion": "2"}
+
+
+def test_registering_again_adds_no_version(tracking, policies):
+    for _ in range(3):
+        register(tracking, policies[0], "one", promoted=True)
+    (version,) = tracking.client().search_model_versions("name = 'aligned-policy-general'")
+    assert version.run_id == policies[0]
+    assert version.source == f"runs:/{policies[0]}/model"
+    assert version.tags["alignment.fingerprint"] == "one"
+    assert version.description == "dpo"
+
+
+def test_the_registered_version_leads_to_the_models_files(tracking, policies, tmp_path):
+    import mlflow
+
+    register(tracking, policies[1], "two", promoted=True)
+    version = tracking.client().get_model_version_by_alias("aligned-policy-general", "champion")
+    folder = mlflow.artifacts.download_artifacts(
+        run_id=version.run_id, artifact_path="model", tracking_uri=tracking.tracking_uri, dst_path=str(tmp_path)
+    )
+    assert (Path(folder) / "adapter_model.safetensors").read_bytes() == b"\1"
+
+
+def test_constitutions_have_registered_models_of_their_own(tracking, policies):
+    register(tracking, policies[0], "one", promoted=True, of="general")
+    assert register(tracking, policies[1], "two", promoted=False, of="medical") == "1"
+    assert aliases(tracking, "general") == {"challenger": "1", "champion": "1"}
+    assert aliases(tracking, "medical") == {"challenger": "1"}
+
+
+def test_a_second_experiment_name_is_kept_apart(tracking, tmp_path):
+    succeed(tracking, step("prompts"))
+    other = MlflowTracking(
+        tracking_uri=tracking.tracking_uri,
+        artifact_root=tracking.artifact_root,
+        lock_folder=tracking.lock_folder,
+        experiment="other",
+    )
+    begun = time.time()
+    succeed(other, step("prompts"))
+    assert len(runs(tracking, "run")) == len(runs(other, "run")) == 1
+    assert runs(other, "run")[0].info.start_time >= begun * 1000 - 1000
