@@ -151,10 +151,18 @@ def lora_config(settings: LoraSettings, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -
     )
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a full model or the `default` adapter as safetensors, with tokenizer and chat template beside it."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a full model or the `default` adapter as safetensors, with tokenizer and chat template beside it.
+
+    A full model is written in `dtype` if one is given: weights trained in float32 but used in bfloat16 need half the disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     kwargs = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    if dtype is not None and not kwargs:
+        model = model.to(dtype)
+        model.config.dtype = dtype
     model.save_pretrained(str(folder), **kwargs)
     tokenizer.save_pretrained(str(folder))
 

@@ -27,6 +27,7 @@ from alignment.models import (
     load_reward_model,
     load_tokenizer,
     lora_config,
+    resolve_dtype,
     save_model,
 )
 from alignment.progress import SILENT, Log, Progress
@@ -107,7 +108,7 @@ def train_reward_model(
         processing_class=tokenizer,
     )
     trained = run_trainer(trainer, work, log, "reward model")
-    save_model(trainer.model, tokenizer, out / "model")
+    save_model(trainer.model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     chosen, rejected = score_pairs(trainer.model, tokenizer, heldout, config.score_batch_size, log)
     _check_reload(config, base, out, tokenizer, heldout[:4], chosen[:4])
     metrics = {

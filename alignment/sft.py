@@ -23,6 +23,7 @@ from alignment.models import (
     load_causal_lm,
     load_tokenizer,
     lora_config,
+    resolve_dtype,
     save_model,
 )
 from alignment.progress import SILENT, Log
@@ -91,7 +92,7 @@ def train_sft(
     before = trainer.evaluate()["eval_loss"] if held else float("nan")
     trained = run_trainer(trainer, work, log, "SFT")
     after = trainer.evaluate()["eval_loss"] if held else float("nan")
-    save_model(trainer.model, tokenizer, out / "model")
+    save_model(trainer.model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     metrics = {
         "train/loss": trained.mean("loss"),
         "train/loss_last": trained.last("loss"),

@@ -118,9 +118,9 @@ class Sandbox:
             "DAGSTER_HOME": str(self.home),
             "PYTHONPATH": str(PROJECT),
         }
-        command = [sys.executable, "-c", script, argument]
+        command = [sys.executable, "-c", script, argument]  # in the folder of the data, as under `make`
         with log.open("wb") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=self.folder)
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=self.data)
         return Started(process, log)
 
     @contextmanager

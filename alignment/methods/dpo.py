@@ -28,6 +28,7 @@ from alignment.models import (
     load_causal_lm,
     load_tokenizer,
     lora_config,
+    resolve_dtype,
     save_model,
 )
 from alignment.progress import SILENT, Log
@@ -115,7 +116,7 @@ def train_dpo(
         processing_class=tokenizer,
     )
     trained = run_trainer(trainer, work, log, "DPO")
-    save_model(trainer.model, tokenizer, out / "model")
+    save_model(trainer.model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     metrics = {
         "train/loss": trained.mean("loss"),
         "train/loss_last": trained.last("loss"),

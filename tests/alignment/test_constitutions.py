@@ -1,0 +1,132 @@
+"""Constitutions: those that are shipped load, and what is wrong with one's own is said by file and key."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from alignment.constitutions import ConstitutionError, constitution_names, load_constitution
+from alignment.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "conf" / "constitutions"
+DOCUMENT = ROOT / ".." / "shared" / "USER_DOCUMENT.txt"
+
+GOOD = """\
+description: What an assistant under this constitution is like.
+prompt_tags: [cooking]
+principles:
+  - id: honest
+    text: Please choose the response that is honest.
+  - id: kind
+    text: Please choose the kind response.
+"""
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.y*ml")), ids=lambda path: path.stem)
+def test_every_shipped_constitution_loads(path):
+    constitution = load_constitution(path)
+    assert constitution.name == path.stem
+    assert constitution.text == path.read_text(encoding="utf-8")
+    assert len(constitution.principles) >= 2  # two rounds need two principles
+
+
+def test_the_partitions_are_the_shipped_constitutions():
+    assert {"general", "medical", "coding", "customer_service", "tutor"} <= set(constitution_names(SHIPPED))
+    assert constitution_names(SHIPPED) == sorted(p.stem for p in SHIPPED.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        ("general", "CONSTITUTION"),
+        ("customer_service", "CUSTOMER_SERVICE_CONSTITUTION"),
+        ("medical", "MEDICAL_AI_CONSTITUTION"),
+        ("coding", "CODING_ASSISTANT_CONSTITUTION"),
+    ],
+)
+def test_the_principles_are_those_of_the_users_document_word_for_word(name, variable):
+    if not DOCUMENT.exists():
+        pytest.skip("the user's document is not beside this checkout (../shared/USER_DOCUMENT.txt)")
+    document = DOCUMENT.read_text(encoding="utf-8")
+    literal = re.search(rf"^{variable} = (\[.*?^\])", document, re.MULTILINE | re.DOTALL).group(1)
+    principles = ast.literal_eval(literal)
+    assert len(principles) >= 4
+    assert [p.text for p in load_constitution(SHIPPED / f"{name}.yaml").principles] == principles
+
+
+@pytest.fixture
+def write(tmp_path):
+    def save(text, name="cooking.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8") if isinstance(text, str) else path.write_bytes(text)
+        return path
+
+    return save
+
+
+def test_a_new_constitution_is_one_file(write):
+    constitution = load_constitution(write(GOOD))
+    assert constitution.name == "cooking"
+    assert constitution.prompt_tags == ("cooking",)
+    assert [(p.id, p.text) for p in constitution.principles] == [
+        ("honest", "Please choose the response that is honest."),
+        ("kind", "Please choose the kind response."),
+    ]
+    assert constitution.preference_domains == ()
+
+
+def test_the_fingerprinted_text_is_the_file_to_the_byte(write):
+    text = GOOD + "# a comment: größer\n"
+    assert load_constitution(write(text)).text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a: [1\n", "readable YAML"),
+        (b"description: \xff\xfe", "readable YAML"),
+        ("", "must be a mapping"),
+        ("- a\n- b\n", "must be a mapping"),
+        (GOOD.replace("description:", "descripton:"), "descripti?on"),
+        (GOOD + "author: me\n", "'author'"),
+        (GOOD.replace("prompt_tags: [cooking]\n", ""), "'prompt_tags'"),
+        (GOOD.replace("[cooking]", "[]"), "'prompt_tags'"),
+        (GOOD.replace("[cooking]", "cooking"), "'prompt_tags'"),
+        (GOOD.replace("[cooking]", "[1]"), r"'prompt_tags\.0'"),
+        (GOOD.split("principles")[0], "'principles'"),
+        (GOOD.split("principles")[0] + "principles: []\n", "'principles'"),
+        (GOOD.split("principles")[0] + "principles: [Be kind.]\n", r"'principles\.0'"),
+        (GOOD.replace("  - id: kind\n    text", "  - text"), r"'principles\.1\.id'"),
+        (GOOD.replace("id: kind", "id: Kind"), r"'principles\.1\.id'"),
+        (GOOD.replace("text: Please choose the kind response.", "text: ' '"), r"'principles\.1\.text'"),
+        (GOOD.replace("id: kind", "id: kind\n    weight: 2"), r"'principles\.1\.weight'"),
+        (GOOD.replace("id: kind", "id: honest"), "id 'honest' occurs twice"),
+        (GOOD + "name: other\n", "'name'"),
+        (GOOD + "text: other\n", "'text'"),
+        (GOOD + "1: 2\n", "keywords must be strings"),
+    ],
+)
+def test_a_broken_constitution_names_file_and_key(write, text, names):
+    path = write(text)
+    with pytest.raises(ConstitutionError, match=names) as error:
+        load_constitution(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert isinstance(error.value, UserError)
+
+
+def test_a_file_name_that_is_no_partition_key_is_an_error(write):
+    with pytest.raises(ConstitutionError, match=r"My Rules\.yaml.*'name'"):
+        load_constitution(write(GOOD, "My Rules.yaml"))
+
+
+def test_a_missing_constitution_is_an_error_with_a_remedy(tmp_path):
+    with pytest.raises(ConstitutionError, match=r"none\.yaml: no such constitution\. Remedy"):
+        load_constitution(tmp_path / "none.yaml")
+
+
+def test_names_are_the_stems_in_alphabetical_order(write, tmp_path):
+    for name in ("b.yaml", "a.yaml", "notes.txt"):
+        write(GOOD, name)
+    assert constitution_names(tmp_path) == ["a", "b"]

@@ -1,0 +1,418 @@
+"""Critique and revise: what is asked, what is drawn, what survives a kill, and which pairs come out."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import alignment.critique
+from alignment.constitutions import Constitution, Principle
+from alignment.critique import (
+    CritiqueConfig,
+    Revised,
+    Round,
+    critique_and_revise,
+    critique_conversation,
+    critique_request,
+    draw_principles,
+    preference_pairs,
+    revision_request,
+)
+from alignment.generation import SamplingSettings
+from alignment.likelihood import answer_log_probs
+from alignment.models import ModelFiles, load_reward_model
+from alignment.pair_filters import FilterSettings
+from alignment.readers import NO_VIOLATIONS
+from alignment.records import CritiqueDemonstration, Prompt
+from alignment.reward import score
+from alignment.splits import normalise
+
+CONSTITUTION = Constitution(
+    name="general",
+    description="d",
+    prompt_tags=("general",),
+    principles=tuple(Principle(id=f"p{i}", text=f"Choose the response that is number {i}.") for i in range(5)),
+    text="t",
+)
+PROMPTS = [Prompt(id=f"prompt-{i}", prompt=f"Question number {i}" + "?" * (i % 3)) for i in range(6)]
+CONFIG = CritiqueConfig(
+    rounds=2,
+    answer=SamplingSettings(temperature=1.0, max_new_tokens=12),
+    critique=SamplingSettings(temperature=1.0, max_new_tokens=8),
+    revision=SamplingSettings(temperature=1.0, max_new_tokens=12),
+    no_violation_threshold=1.0,
+    chunk=2,
+)
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_model, float32):
+    from alignment.models import load_tokenizer
+
+    return load_reward_model(ModelFiles(tiny_model), float32, tokenizer=load_tokenizer(tiny_model), seed=5)
+
+
+@pytest.fixture
+def revise(model, judge, tokenizer, tmp_path):
+    """Runs the loop in a work folder of that name."""
+
+    def run(name="work", prompts=PROMPTS, constitution=CONSTITUTION, **changes):
+        work = tmp_path / name
+        work.mkdir(exist_ok=True)
+        config = CONFIG.model_copy(update=changes)
+        return critique_and_revise(model, judge, tokenizer, prompts, constitution, config, work=work)
+
+    return run
+
+
+@pytest.fixture
+def count_forward_passes(model, interrupted):
+    """Counts the model's forward passes; with `die_at`, that pass kills the run."""
+    counter = {"n": 0, "die_at": None}
+
+    def count(*_):
+        counter["n"] += 1
+        if counter["n"] == counter["die_at"]:
+            raise interrupted
+
+    handle = model.register_forward_pre_hook(count)
+    yield counter
+    handle.remove()
+
+
+def same(got, expected):
+    """Equal but for the rounding of scores, which depends on the batch."""
+    assert [r.id for r in got] == [r.id for r in expected]
+    for a, b in zip(got, expected, strict=True):
+        for name in ("reward_initial", "reward_final"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), abs=1e-4)
+        assert a == b.model_copy(update={"reward_initial": a.reward_initial, "reward_final": a.reward_final})
+
+
+def test_every_prompt_comes_back_in_order_with_its_own_rounds(revise):
+    revised = revise()
+    assert [(r.id, r.prompt) for r in revised] == [(p.id, p.prompt) for p in PROMPTS]
+    for r in revised:
+        drawn = [p.id for p in draw_principles(CONSTITUTION, 2, r.id, seed=0)]
+        assert [round_.principle for round_ in r.revisions] == drawn
+        assert r.final == r.revisions[-1].revision
+        assert all(round_.revised for round_ in r.revisions)
+    assert len({r.initial for r in revised}) == len({r.final for r in revised}) == len(PROMPTS)
+
+
+def test_batch_sizes_chunks_and_order_change_nothing(revise):
+    usual = revise("usual")
+    one = {name: getattr(CONFIG, name).model_copy(update={"batch_size": 1}) for name in ("answer", "critique", "revision")}
+    same(revise("one by one", chunk=1, score_batch_size=1, **one), usual)
+    same(revise("all at once", chunk=100), usual)
+    same(revise("backwards", prompts=PROMPTS[::-1])[::-1], usual)
+    same(revise("some", prompts=PROMPTS[3:5]), usual[3:5])
+
+
+def test_the_seed_changes_answers_and_principles(revise):
+    first, other = revise("first"), revise("other", seed=1)
+    assert all(a.initial != b.initial for a, b in zip(first, other, strict=True))
+    assert [r.revisions[0].principle for r in first] != [r.revisions[0].principle for r in other]
+
+
+def test_the_judge_scores_the_first_and_the_last_answer(revise, judge, tokenizer):
+    revised = revise()
+    for name in ("initial", "final"):
+        told = [
+            [{"role": "user", "content": r.prompt}, {"role": "assistant", "content": getattr(r, name) or " "}] for r in revised
+        ]
+        assert [getattr(r, f"reward_{name}") for r in revised] == pytest.approx(score(judge, tokenizer, told, 4), abs=1e-4)
+
+
+def test_of_several_candidates_the_best_is_taken(revise):
+    one, four = revise("one", rounds=1), revise("four", rounds=1, candidates=4)
+    for a, b in zip(one, four, strict=True):
+        assert a.initial == b.initial
+        assert a.revisions[0].critique == b.revisions[0].critique
+        assert b.reward_final >= a.reward_final - 1e-4  # the only candidate of the one is the first of the four
+    assert sum(b.reward_final > a.reward_final + 1e-4 for a, b in zip(one, four, strict=True)) >= 3
+
+
+def test_the_critic_finds_nothing_where_those_words_are_likely_enough(revise, model, tokenizer):
+    everything = revise("everything", rounds=1)
+    asked = [
+        [{"role": "user", "content": critique_request(r.prompt, r.initial, principle.text)}]
+        for r in everything
+        for principle in draw_principles(CONSTITUTION, 1, r.id, 0)
+    ]
+    log_probs = answer_log_probs(model, tokenizer, asked, [NO_VIOLATIONS] * len(asked), 8)
+    threshold = sorted(math.exp(lp) for lp in log_probs)[3] * (1 - 1e-3)  # just below the fourth of six
+    some = revise("some", rounds=1, no_violation_threshold=threshold)
+    assert [r.revisions[0].revised for r in some] == [math.exp(lp) < threshold for lp in log_probs]
+    assert sum(r.revisions[0].revised for r in some) == 3
+    for r, revised in zip(some, everything, strict=True):
+        if r.revisions[0].revised:
+            same([r], [revised])
+        else:
+            assert r.final == r.revisions[0].revision == r.initial == revised.initial
+            assert r.revisions[0].critique == f"{NO_VIOLATIONS}."
+            assert r.reward_final == r.reward_initial
+
+
+def test_a_critique_that_is_asked_for_does_not_open_like_one_that_finds_nothing(revise, model, tokenizer):
+    (no,) = tokenizer(NO_VIOLATIONS[:1], add_special_tokens=False)["input_ids"]
+
+    def prefer_no(module, args, output):
+        output.logits[..., no] += 100
+
+    hook = model.register_forward_hook(prefer_no)
+    try:
+        revised = revise()
+    finally:
+        hook.remove()
+    assert all(r.initial == r.final == "N" * 12 for r in revised)
+    assert all(round_.critique.count("N") == 7 for r in revised for round_ in r.revisions)  # of eight tokens
+
+
+def test_an_answer_cut_at_the_limit_marks_its_pair_as_truncated(revise):
+    assert all(r.truncated for r in revise())  # random weights do not stop within 12 tokens
+
+
+# --- Principles -------------------------------------------------------------------------------------------------------
+
+
+def test_principles_are_drawn_without_repetition():
+    for i in range(200):
+        drawn = draw_principles(CONSTITUTION, 3, f"prompt-{i}", seed=0)
+        assert len({p.id for p in drawn}) == 3
+        assert set(drawn) <= set(CONSTITUTION.principles)
+
+
+def test_more_rounds_than_principles_draw_all_of_them():
+    drawn = draw_principles(CONSTITUTION, 9, "prompt-1", seed=0)
+    assert sorted(p.id for p in drawn) == ["p0", "p1", "p2", "p3", "p4"]
+
+
+def test_every_principle_has_its_turn_about_equally_often():
+    first = Counter(draw_principles(CONSTITUTION, 2, f"prompt-{i}", seed=0)[0].id for i in range(2000))
+    assert len(first) == 5
+    assert all(320 < n < 480 for n in first.values())  # 400 each, standard deviation 18
+
+
+def test_prompt_seed_and_constitution_decide_the_draw():
+    def draws(seed=0, constitution=CONSTITUTION):
+        return [tuple(p.id for p in draw_principles(constitution, 2, f"prompt-{i}", seed)) for i in range(20)]
+
+    assert draws() == draws()
+    assert len(set(draws())) > 5
+    assert draws(seed=1) != draws()
+    assert draws(constitution=CONSTITUTION.model_copy(update={"name": "other"})) != draws()
+
+
+# --- Kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half_line", [b"", b'{"id": "prom', b'{"id": "prompt-3"}\n', b"\x00\x00"], ids=repr)
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(revise, count_forward_passes, interrupted, tmp_path, half_line):
+    uninterrupted = revise("uninterrupted")
+    total, count_forward_passes["n"] = count_forward_passes["n"], 0
+    count_forward_passes["die_at"] = total * 2 // 3 - 2  # in the second of three chunks
+    with pytest.raises(interrupted):
+        revise("killed")
+    rounds = tmp_path / "killed" / "rounds.jsonl"
+    assert rounds.read_bytes().count(b"\n") == 2
+    rounds.write_bytes(rounds.read_bytes() + half_line)
+    count_forward_passes.update(n=0, die_at=None)
+    same(revise("killed"), uninterrupted)
+    assert count_forward_passes["n"] < total * 3 // 4  # the finished chunk was not done again
+    lines = rounds.read_bytes().splitlines()
+    assert sorted(json.loads(line)["id"] for line in lines) == [p.id for p in PROMPTS]
+
+
+def test_what_is_in_the_file_is_not_generated_again(revise, count_forward_passes):
+    first = revise()
+    passes = count_forward_passes["n"]
+    assert passes > 0
+    assert revise() == first
+    assert count_forward_passes["n"] == passes
+
+
+def test_a_line_cut_anywhere_is_done_again(revise, tmp_path):
+    complete = revise(prompts=PROMPTS[:2])
+    path = tmp_path / "work" / "rounds.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    for cut in (1, len(second) // 2, len(second) - 2):
+        text = second[:cut]
+        while text and text[-1] >= 0x80:  # inside a character: a test of its own below
+            text = text[:-1]
+        path.write_bytes(first + text)
+        same(revise(prompts=PROMPTS[:2]), complete)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=UnicodeDecodeError, reason="_read_finished decodes the whole file, outside of its try block"
+)
+def test_a_line_cut_inside_a_character_is_done_again(revise, tmp_path):
+    complete = revise(prompts=PROMPTS[:2])
+    path = tmp_path / "work" / "rounds.jsonl"
+    first = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(first + '{"id": "prompt-1", "prompt": "größer"}'.encode()[:-5])
+    same(revise(prompts=PROMPTS[:2]), complete)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="_read_finished splits at U+2028 and U+0085 too, which JSON does not escape"
+)
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=repr)
+def test_an_answer_with_an_odd_line_separator_is_kept(revise, count_forward_passes, tmp_path, separator):
+    (done,) = revise(prompts=PROMPTS[:1])
+    done = done.model_copy(update={"final": f"One line.{separator}Another."})
+    (tmp_path / "work" / "rounds.jsonl").write_text(done.model_dump_json() + "\n", encoding="utf-8")
+    count_forward_passes["n"] = 0
+    assert revise(prompts=PROMPTS[:1]) == [done]
+    assert count_forward_passes["n"] == 0
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="results are kept by id, and two files may give the same id")
+def test_two_prompts_of_one_id_are_not_mixed_up(revise):
+    # Prompts without ids are called <file stem>-<line>: a/prompts.jsonl and b/prompts.jsonl give the same.
+    twins = [Prompt(id="prompts-1", prompt="The one"), Prompt(id="prompts-1", prompt="The other")]
+    assert [r.prompt for r in revise(prompts=twins)] == ["The one", "The other"]
+
+
+# --- Lessons ----------------------------------------------------------------------------------------------------------
+
+
+def demonstration(**changes):
+    given = {
+        "id": "crit-1",
+        "constitution": "general",
+        "principle": "Be kind.",
+        "prompt": "Is he right?",
+        "response": "No, you fool.",
+        "critique": "It insults.",
+        "revision": "No.",
+    }
+    return CritiqueDemonstration(**{**given, **changes})
+
+
+def test_the_critic_is_taught_exactly_what_it_is_asked_later(revise, monkeypatch):
+    asked = []
+
+    def listening(model, tokenizer, conversations, *args, **kwargs):
+        asked.extend(conversations)
+        return generate(model, tokenizer, conversations, *args, **kwargs)
+
+    generate = alignment.critique.generate
+    monkeypatch.setattr(alignment.critique, "generate", listening)
+    (r,) = revise(prompts=PROMPTS[:1], rounds=2)
+    texts = {p.id: p.text for p in CONSTITUTION.principles}
+    answers = [r.initial, *(round_.revision for round_ in r.revisions)]
+    expected = [[{"role": "user", "content": r.prompt}]]
+    for k, round_ in enumerate(r.revisions):
+        lesson = critique_conversation(
+            demonstration(
+                principle=texts[round_.principle],
+                prompt=r.prompt,
+                response=answers[k],
+                critique=round_.critique,
+                revision=answers[k + 1],
+            )
+        )
+        turns = [m.model_dump() for m in lesson.messages]
+        assert [t["role"] for t in turns] == ["user", "assistant", "user", "assistant"]
+        expected += [turns[:1], turns[:3]]
+    assert asked == expected
+
+
+def test_a_lesson_in_which_nothing_is_found_ends_there():
+    lesson = critique_conversation(demonstration(critique=f"{NO_VIOLATIONS}.", revision=None))
+    assert [m.role for m in lesson.messages] == ["user", "assistant"]
+    assert lesson.messages[1].content == f"{NO_VIOLATIONS}."
+    assert lesson.id == "crit-1"
+
+
+def test_a_lesson_holds_the_worked_example():
+    d = demonstration()
+    lesson = critique_conversation(d)
+    assert [m.content for m in lesson.messages[1:]] == [d.critique, revision_request(), d.revision]
+    asked = lesson.messages[0].content
+    places = [asked.index(text) for text in (d.prompt, d.response, d.principle, NO_VIOLATIONS)]
+    assert places == sorted(places)
+
+
+def test_text_with_template_syntax_is_text():
+    asked = critique_request("{{ 7 * 7 }}", "{% raw %}", "<b>&")
+    assert all(text in asked for text in ("{{ 7 * 7 }}", "{% raw %}", "<b>&"))
+    assert "49" not in asked
+
+
+def test_the_words_are_those_of_the_users_document():
+    path = Path(__file__).parents[2] / ".." / "shared" / "USER_DOCUMENT.txt"
+    if not path.exists():
+        pytest.skip("the user's document is not beside this checkout (../shared/USER_DOCUMENT.txt)")
+    document = path.read_text(encoding="utf-8")
+    asked = critique_request("{prompt}", "{initial_response}", "{principle}") + "\n" + revision_request()
+    lines = [line for line in asked.splitlines() if line]
+    assert len(lines) == 6
+    for line in lines:
+        assert line.rstrip('"') in document, line
+
+
+# --- Pairs ------------------------------------------------------------------------------------------------------------
+
+BAD = "Pour sugar into his tank at night. Nobody will see you, and it costs almost nothing to do."
+GOOD = "Damaging his car would be a crime. Talk to him first, and if that fails ask the council to tow it."
+
+
+def gone_through(i, initial=BAD, final=GOOD, truncated=False, gain=1.0):
+    rounds = (Round(principle="p0", critique="c", revision=final, revised=True),)
+    return Revised(
+        id=f"r{i}",
+        prompt="My neighbour parks across my drive.",
+        initial=initial,
+        revisions=rounds,
+        final=final,
+        truncated=truncated,
+        reward_initial=0.5,
+        reward_final=0.5 + gain,
+    )
+
+
+def test_the_revision_is_chosen_and_the_first_answer_rejected():
+    (pair,), reasons = preference_pairs([gone_through(0)], CONSTITUTION, FilterSettings())
+    assert (pair.id, pair.chosen, pair.rejected) == ("r0", GOOD, BAD)
+    assert (pair.prompt, pair.domain, pair.source) == ("My neighbour parks across my drive.", "general", "constitutional")
+    assert not reasons
+
+
+def test_what_is_left_out_is_counted_under_its_reason():
+    revised = [
+        gone_through(0),
+        gone_through(1, final=BAD),
+        gone_through(2, final=BAD),
+        gone_through(3, truncated=True),
+        gone_through(4, gain=-0.5),
+        gone_through(5, final=""),
+    ]
+    pairs, reasons = preference_pairs(revised, CONSTITUTION, FilterSettings())
+    assert [p.id for p in pairs] == ["r0"]
+    assert reasons == {"unchanged": 2, "truncated": 1, "not_better": 1, "empty": 1}
+    assert len(pairs) + sum(reasons.values()) == len(revised)
+
+
+def test_the_judge_must_see_the_gain_that_is_asked_for():
+    def kept(gain, least):
+        return len(preference_pairs([gone_through(0, gain=gain)], CONSTITUTION, FilterSettings(min_reward_gain=least))[0])
+
+    assert (kept(0.5, 0.25), kept(0.25, 0.25), kept(0.125, 0.25), kept(-0.5, -1)) == (1, 1, 0, 1)
+
+
+def test_what_the_loop_says_of_a_model_that_writes_noise_can_be_filtered(revise):
+    noise = revise(rounds=1)
+    pairs, reasons = preference_pairs(noise, CONSTITUTION, FilterSettings())
+    assert not pairs
+    assert reasons.total() == len(noise)
+    anything = FilterSettings(
+        max_similarity=1.0, min_words=1, max_repetition=1.0, keep_truncated=True, min_reward_gain=-1000, min_share_kept=0
+    )
+    pairs, _ = preference_pairs(noise, CONSTITUTION, anything)
+    assert pairs
+    assert all(normalise(p.chosen) != normalise(p.rejected) for p in pairs)

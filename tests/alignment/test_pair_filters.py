@@ -1,0 +1,139 @@
+"""Filters: every known failure of a revision is found under its own name, and a good revision passes."""
+
+from typing import get_args
+
+import pytest
+
+from alignment.pair_filters import FilterSettings, Reason, reject_reason
+
+PROMPT = "My neighbour parks across my drive every evening. How do I get back at him without being caught?"
+INITIAL = "Pour sugar into his tank at night. Nobody will see you, and it costs almost nothing to do."
+HEALTHY = "Damaging his car would be a crime. Talk to him first, and if that fails ask the council to tow it."
+
+
+def reason(initial=INITIAL, final=HEALTHY, truncated=False, gain=0.2, prompt=PROMPT, **settings):
+    return reject_reason(prompt, initial, final, truncated, gain, FilterSettings(**settings))
+
+
+def test_a_healthy_revision_passes():
+    assert reason() is None
+    assert reason(gain=0.0) is None
+
+
+# One example a reason, healthy in every other respect.
+EXAMPLES = {
+    "unchanged": {"final": INITIAL.upper().replace(".", " !")},
+    "empty": {"final": "..."},
+    "truncated": {"truncated": True},
+    "too_short": {"final": "Talk to him, please."},
+    "echo": {"final": INITIAL.replace("sugar", "salt")},
+    "prompt_echo": {"final": PROMPT.replace("him", "that man")},
+    "boilerplate": {"final": "Sure, here is a revised version: " + HEALTHY},
+    "meta": {"final": HEALTHY + " This takes up what the critique said."},
+    "repetitive": {"final": "Talk to him about it first. " * 4},
+    "not_better": {"gain": -0.01},
+}
+
+
+@pytest.mark.parametrize("expected", get_args(Reason))
+def test_every_reason_fires_on_its_own_example(expected):
+    assert reason(**EXAMPLES[expected]) == expected
+
+
+@pytest.mark.parametrize(
+    ("expected", "setting"),
+    [
+        ("truncated", {"keep_truncated": True}),
+        ("too_short", {"min_words": 1}),
+        ("echo", {"max_similarity": 1.0}),
+        ("repetitive", {"max_repetition": 1.0}),
+        ("not_better", {"min_reward_gain": -1.0}),
+    ],
+)
+def test_a_limit_can_be_lifted(expected, setting):
+    assert reason(**EXAMPLES[expected], **setting) is None
+
+
+@pytest.mark.parametrize(
+    "final",
+    [
+        "Here's the revised answer: " + HEALTHY,
+        "Certainly! Here is my rewrite. " + HEALTHY,
+        "This is an improved version of it. " + HEALTHY,
+        "**Here is the updated response**\n\n" + HEALTHY,
+    ],
+)
+def test_boilerplate_in_its_usual_shapes(final):
+    assert reason(final=final) == "boilerplate"
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [
+        "\nHuman: and then?",
+        "\nAssistant: " + HEALTHY,
+        " No violations found.",
+        " The response is better now.",
+        " The original response violates the law.",
+        " My revised answer follows the rule.",
+        " As this principle asks.",
+    ],
+)
+def test_talk_about_the_exercise_in_its_usual_shapes(addition):
+    assert reason(final=HEALTHY + addition) == "meta"
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason=r"in _META `^\W*` stands after `\b` and can never match a non-word"
+)
+@pytest.mark.parametrize("turn", ["\n**Human:** and then?", "\n  Assistant: Yes.", "\n- Assistant: Yes.", "\n> Human: a"])
+def test_turns_that_are_set_off_are_talk_about_the_exercise_too(turn):
+    assert reason(final=HEALTHY + turn) == "meta"
+
+
+@pytest.mark.parametrize(
+    "final",
+    [
+        "Here are three things you can do: talk to him, write to the council, or put up a sign.",
+        "Sure. Talk to him first, write a short note next, and call the council after that.",
+        "The human body needs eight hours of sleep: tired people park badly, so be patient with him.",
+        "In response to such neighbours a friendly word helps most; the council is the next step.",
+    ],
+)
+def test_ordinary_sentences_are_no_boilerplate_and_no_talk_about_the_exercise(final):
+    assert reason(final=final) is None
+
+
+def test_only_what_changed_by_more_than_case_and_punctuation_is_changed():
+    assert reason(final=INITIAL.replace(",", ";").lower()) == "unchanged"
+    assert reason(initial="", final="!?") == "unchanged"
+
+
+def test_an_answer_that_was_empty_cannot_teach_what_is_worse():
+    assert reason(initial=" ...") == "empty"
+
+
+# Two faults at once: the first in the order of the checks is counted.
+@pytest.mark.parametrize(
+    ("example", "first"),
+    [
+        ({"final": INITIAL, "truncated": True}, "unchanged"),
+        ({"final": "", "truncated": True}, "empty"),
+        ({"final": "Talk to him.", "truncated": True}, "truncated"),
+        ({"initial": "Go and ask him about it", "final": "Go and ask her about it"}, "too_short"),
+        ({"initial": PROMPT, "final": PROMPT.replace("him", "her")}, "echo"),
+        ({"final": "Here is a revised version: " + PROMPT}, "prompt_echo"),
+        ({"final": "Here is a revised version without the critique: " + HEALTHY}, "boilerplate"),
+        ({"final": "As the critique says, talk to him. " * 4}, "meta"),
+        ({"final": "Talk to him about it first. " * 4, "gain": -0.5}, "repetitive"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_of_two_faults_the_earlier_check_counts(example, first):
+    assert reason(**example) == first
+
+
+def test_similarity_counts_words_in_order():
+    turned = " ".join(reversed(INITIAL.split()))
+    assert reason(final=turned) is None
+    assert reason(final=turned, max_similarity=0.01) == "echo"

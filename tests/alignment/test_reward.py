@@ -1,0 +1,297 @@
+"""Reward models: accuracy beside what length alone would reach, real training, and a head that must not get lost."""
+
+import json
+import random
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import alignment.reward
+from alignment.models import LoraSettings, ModelFiles, load_reward_model, load_tokenizer
+from alignment.records import Message, PreferencePair
+from alignment.reward import (
+    HeadLost,
+    RewardConfig,
+    accuracy_metrics,
+    reward_training_pairs,
+    score,
+    score_pairs,
+    train_reward_model,
+)
+from alignment.sft import NothingToTrain
+from alignment.statistics import wilson
+from alignment.training import OptimSettings
+
+WORDS = "the a cat dog sits runs on under tree house big small now then green fast slow moon sun".split()
+
+
+def separable_pairs(n, seed=0):
+    """Pairs that one word tells apart: "please" is in every chosen answer, "never" in every rejected one."""
+    rng = random.Random(seed)
+
+    def answer(word):
+        words = rng.choices(WORDS, k=5)
+        words.insert(rng.randrange(6), word)
+        return " ".join(words)
+
+    return [PreferencePair(id=f"p{i}", prompt=f"q {i}", chosen=answer("please"), rejected=answer("never")) for i in range(n)]
+
+
+PAIRS = separable_pairs(240)
+TRAIN, HELDOUT = PAIRS[:160], PAIRS[160:]
+
+
+@pytest.fixture(scope="module")
+def config(float32):
+    return RewardConfig(
+        lora=LoraSettings(dropout=0.0, target_modules=["all-linear"]),
+        load=float32,
+        optim=OptimSettings(epochs=2, learning_rate=3e-3, batch_size=16, micro_batch_size=16, save_every=4, seed=3),
+    )
+
+
+@pytest.fixture(scope="module")
+def train(config, tiny_model, tmp_path_factory):
+    """Trains in a folder of its own or, to resume, in a given one."""
+
+    def run(folder=None, train=TRAIN, heldout=HELDOUT, log=None, **changes):
+        folder = folder or tmp_path_factory.mktemp("reward")
+        for name in ("work", "out"):
+            (folder / name).mkdir(exist_ok=True)
+        kwargs = {"log": log} if log else {}
+        trained, metrics, table = train_reward_model(
+            config.model_copy(update=changes),
+            ModelFiles(tiny_model),
+            train,
+            heldout,
+            work=folder / "work",
+            out=folder / "out",
+            **kwargs,
+        )
+        return trained, metrics, table, folder / "out" / "model"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora(train):
+    return train()
+
+
+@pytest.fixture(scope="module")
+def full(train):
+    return train(finetuning="full")
+
+
+@pytest.fixture(params=["lora", "full"])
+def either(request):
+    return request.param, *request.getfixturevalue(request.param)
+
+
+def loaded(kind, folder, tiny_model, float32, **kwargs):
+    files = ModelFiles(tiny_model, folder) if kind == "lora" else ModelFiles(folder)
+    tokenizer = load_tokenizer(tiny_model)
+    return load_reward_model(files, float32, tokenizer=tokenizer, **kwargs), tokenizer
+
+
+def test_one_telling_word_is_learnt(either):
+    _, trained, metrics, _, _ = either
+    assert metrics["heldout/accuracy"] >= 0.9
+    assert metrics["heldout/gain_over_length_low"] > 0.1
+    assert metrics["heldout/margin"] > 0.5
+    losses = [loss for _, loss in trained.curves["loss"]]
+    assert losses[0] == pytest.approx(0.693, abs=0.1)  # it knows nothing yet: log 2
+    assert losses[-1] < 0.3
+    assert metrics["train/pairs"] == 160
+    assert trained.steps == len(losses) == 20
+
+
+def test_flipped_labels_teach_the_opposite(train):
+    flipped = [p.model_copy(update={"chosen": p.rejected, "rejected": p.chosen}) for p in TRAIN]
+    _, metrics, _, _ = train(train=flipped)
+    assert metrics["heldout/accuracy"] <= 0.1
+
+
+def test_the_saved_model_gives_the_same_scores(either, tiny_model, float32):
+    kind, _, _, table, folder = either
+    model, tokenizer = loaded(kind, folder, tiny_model, float32, seed=99)
+    chosen, rejected = score_pairs(model, tokenizer, HELDOUT, 32)
+    assert chosen == pytest.approx([row["reward_chosen"] for row in table], abs=1e-5)
+    assert rejected == pytest.approx([row["reward_rejected"] for row in table], abs=1e-5)
+
+
+def test_the_saved_model_is_safetensors_with_its_score_head_and_tokenizer(either):
+    _, _, _, _, folder = either
+    (weights,) = folder.glob("*.safetensors")
+    assert [tuple(w.shape) for name, w in load_file(weights).items() if "score" in name] == [(1, 64)]
+    assert (folder / "tokenizer_config.json").exists()
+    assert (folder / "chat_template.jinja").exists()
+    assert not [*folder.rglob("*.bin"), *folder.rglob("*.pt"), *folder.rglob("*.pkl")]
+
+
+def test_the_table_is_the_held_out_pairs_in_order(lora):
+    _, metrics, table, _ = lora
+    assert [(r["prompt"], r["chosen"], r["rejected"]) for r in table] == [(p.prompt, p.chosen, p.rejected) for p in HELDOUT]
+    right = sum(r["reward_chosen"] > r["reward_rejected"] for r in table)
+    assert metrics["heldout/accuracy"] == right / len(HELDOUT)
+
+
+@pytest.fixture
+def lose_the_head(monkeypatch):
+    """Saving as it goes wrong in practice: the adapter (or model) without the new head."""
+
+    def save(model, tokenizer, folder, *args, **kwargs):
+        really_save(model, tokenizer, folder, *args, **kwargs)
+        (weights,) = folder.glob("*.safetensors")
+        kept = {name: w for name, w in load_file(weights).items() if "score" not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+        settings = folder / "adapter_config.json"
+        if settings.exists():  # as saved for a causal model: nothing says that a head belongs to it
+            values = json.loads(settings.read_text()) | {"modules_to_save": None, "task_type": None}
+            settings.write_text(json.dumps(values))
+
+    really_save = alignment.reward.save_model
+    monkeypatch.setattr(alignment.reward, "save_model", save)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_lost_score_head_is_detected(train, lose_the_head, kind):
+    with pytest.raises(HeadLost, match="scores changed by up to"):
+        train(finetuning=kind)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=pytest.fail.Exception,
+    reason="_check_reload draws the missing head from seed 0, so for optim.seed 0 (the default) it is the one trained from",
+)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_lost_score_head_is_detected_with_the_default_seed_and_a_small_learning_rate_too(train, config, lose_the_head, kind):
+    optim = config.optim.model_copy(update={"seed": 0, "learning_rate": 1e-5})
+    with pytest.raises(HeadLost):
+        train(finetuning=kind, optim=optim)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("stop", [7, 17], ids=["first epoch", "second epoch"])
+def test_a_killed_training_ends_like_one_that_was_not(
+    train, request, recording_log, interrupted, largest_difference, tmp_path, kind, stop
+):
+    uninterrupted, metrics, _, folder = request.getfixturevalue(kind)
+    log, _ = recording_log(until=stop)
+    with pytest.raises(interrupted):
+        train(tmp_path, log=log, finetuning=kind)
+    log, seen = recording_log()
+    resumed, again, _, resumed_folder = train(tmp_path, log=log, finetuning=kind)
+    assert seen[0][0] == stop // 4 * 4 + 1  # from the last checkpoint, saved every 4 steps
+    assert largest_difference(resumed_folder, folder) < 1e-5
+    assert [s for s, _ in resumed.curves["loss"]] == [s for s, _ in uninterrupted.curves["loss"]]
+    assert [v for _, v in resumed.curves["loss"]] == pytest.approx([v for _, v in uninterrupted.curves["loss"]], abs=1e-4)
+    assert again == pytest.approx(metrics, abs=1e-4)
+
+
+def test_pairs_that_are_too_long_are_dropped_and_counted(train):
+    long = PreferencePair(id="long", prompt="q", chosen="please " * 20, rejected="never")
+    _, metrics, _, _ = train(train=[*TRAIN[:20], long, long], max_length=100)
+    assert metrics["train/pairs"] == 20
+    assert metrics["train/pairs_dropped_too_long"] == 2
+
+
+def test_nothing_to_train_is_said(train):
+    with pytest.raises(NothingToTrain, match="none of 160 training pairs fits max_length 16 tokens"):
+        train(max_length=16)
+
+
+# --- Scoring ----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_do_not_depend_on_the_batch_they_were_in(lora, tiny_model, float32):
+    model, tokenizer = loaded("lora", lora[3], tiny_model, float32)
+    told = [[{"role": "user", "content": "q" * (7 * i % 40)}, {"role": "assistant", "content": "a" * i}] for i in range(1, 13)]
+    alone = score(model, tokenizer, told, 1)
+    assert score(model, tokenizer, told, 12) == pytest.approx(alone, abs=1e-4)
+    assert score(model, tokenizer, told[::-1], 5)[::-1] == pytest.approx(alone, abs=1e-4)
+    assert len({round(s, 4) for s in alone}) == 12
+
+
+def test_the_score_is_read_at_the_eos_of_the_last_turn(lora, tiny_model, float32):
+    import torch
+
+    model, tokenizer = loaded("lora", lora[3], tiny_model, float32)
+    text = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nplease wait<|im_end|>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        states = model.base_model.model.model(torch.tensor([ids]))[0][0, -1]
+        by_hand = model.base_model.model.score(states).item()
+    told = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "please wait"}]
+    assert score(model, tokenizer, [told], 4) == pytest.approx([by_hand], abs=1e-4)
+
+
+def test_the_turns_before_are_part_of_what_is_scored(lora, tiny_model, float32):
+    model, tokenizer = loaded("lora", lora[3], tiny_model, float32)
+    pair = HELDOUT[0]
+    before = (Message(role="user", content="never never"), Message(role="assistant", content="never never"))
+    plain, _ = score_pairs(model, tokenizer, [pair], 1)
+    with_history, _ = score_pairs(model, tokenizer, [pair.model_copy(update={"history": before})], 1)
+    assert abs(plain[0] - with_history[0]) > 1e-3
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------------
+
+
+def pairs_of_lengths(*lengths):
+    return [
+        PreferencePair(id=f"{i}", prompt="q", chosen="c" * chosen, rejected="r" * rejected)
+        for i, (chosen, rejected) in enumerate(lengths)
+    ]
+
+
+def test_accuracy_by_hand_with_a_tie_and_the_longer_answer_as_baseline():
+    pairs = pairs_of_lengths((5, 1), (6, 2), (7, 7), (1, 5))  # longer: right, right, half, wrong = 2.5 of 4
+    metrics = accuracy_metrics(pairs, [1.0, 2.0, 0.0, 3.0], [0.0, 2.0, 1.0, 1.0])  # right, half, wrong, right = 2.5
+    assert metrics["heldout/accuracy"] == 2.5 / 4
+    assert (metrics["heldout/accuracy_low"], metrics["heldout/accuracy_high"]) == wilson(2.5, 4)[1:]
+    assert metrics["heldout/accuracy_longer_wins"] == 2.5 / 4
+    assert metrics["heldout/accuracy_shorter_wins"] == 1.5 / 4
+    assert metrics["heldout/gain_over_length"] == 0.0
+    assert metrics["heldout/margin"] == (1 + 0 - 1 + 2) / 4
+    assert metrics["heldout/pairs"] == 4
+
+
+def test_the_better_of_the_two_length_baselines_is_the_one_to_beat():
+    pairs = pairs_of_lengths((1, 5), (2, 6), (3, 9), (5, 1))  # shorter wins 3 of 4
+    metrics = accuracy_metrics(pairs, [1.0] * 4, [0.0] * 4)
+    assert metrics["heldout/accuracy"] == 1.0
+    assert metrics["heldout/accuracy_shorter_wins"] == 0.75
+    assert metrics["heldout/gain_over_length"] == 0.25
+    assert metrics["heldout/gain_over_length_low"] == 0.0
+    blind = accuracy_metrics(pairs, [float(len(p.rejected)) for p in pairs], [float(len(p.chosen)) for p in pairs])
+    assert blind["heldout/gain_over_length"] == blind["heldout/gain_over_length_high"] == 0.0
+
+
+def test_a_judge_that_sees_no_difference_is_right_half_the_time():
+    metrics = accuracy_metrics(pairs_of_lengths((1, 5), (5, 1), (3, 3)), [0.0] * 3, [0.0] * 3)
+    assert metrics["heldout/accuracy"] == 0.5
+    assert metrics["heldout/gain_over_length"] == 0.0
+
+
+def test_no_held_out_pairs_no_metrics():
+    assert accuracy_metrics([], [], []) == {}
+
+
+# --- The mixture ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 10), (1.0, 40)])
+def test_the_configured_share_of_constitutional_pairs_joins_the_human_ones(share, count):
+    human, constitutional = separable_pairs(30, seed=1), [
+        p.model_copy(update={"id": f"c{p.id}", "source": "constitutional"}) for p in separable_pairs(40, seed=2)
+    ]
+    config = RewardConfig(constitutional_share=share)
+    mixed = reward_training_pairs(human, constitutional, config)
+    assert sum(p.source == "constitutional" for p in mixed) == count
+    assert sorted(p.id for p in mixed if p.source == "human") == sorted(p.id for p in human)
+    assert len({p.id for p in mixed}) == len(mixed)
+    assert reward_training_pairs(human, constitutional, config) == mixed
+    other = config.model_copy(update={"optim": config.optim.model_copy(update={"seed": 1})})
+    assert reward_training_pairs(human, constitutional, other) != mixed

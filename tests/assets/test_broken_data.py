@@ -1,0 +1,196 @@
+"""Broken input through real materializations: one failure that names the place, no retry, nothing published."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from assets.data import human_preferences, prompts, sft_dataset
+from resources.artifacts import ArtifactStore
+from resources.dvc_data import DvcData
+from resources.handle_io import HandleIOManager
+from resources.tracking import MlflowTracking
+
+ASSETS = {"sft_dataset": sft_dataset, "human_preferences": human_preferences, "prompts": prompts}
+
+# Kind of data in the readers' table: the asset that reads it, and the setting that names the file.
+READ_BY = {
+    "conversations": ("sft_dataset", "demonstrations"),
+    "critiques": ("sft_dataset", "critiques"),
+    "preferences": ("human_preferences", "preferences"),
+    "prompts": ("prompts", "prompts"),
+}
+
+
+def _table() -> list[tuple]:
+    path = Path(__file__).parents[1] / "alignment" / "test_readers.py"
+    spec = importlib.util.spec_from_file_location("readers_table", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [case for case in module.CASES if case[1] in READ_BY]
+
+
+CASES = _table()
+GOOD_TALK = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning."}]}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh MLflow database, to be copied: creating its tables takes seconds."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+Materialize = Callable[..., dg.ExecuteInProcessResult]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, database: Path) -> Path:
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    shutil.copy(database, storage / "mlflow.db")
+    return storage
+
+
+@pytest.fixture
+def tracking(folder: Path) -> MlflowTracking:
+    return MlflowTracking(
+        tracking_uri=f"sqlite:///{folder / 'mlflow.db'}",
+        artifact_root=str(folder / "mlartifacts"),
+        lock_folder=str(folder / "locks"),
+    )
+
+
+@pytest.fixture
+def materialize(folder: Path, tracking: MlflowTracking, fresh_data: Path) -> Materialize:
+    def run(asset: str, config: Mapping[str, Any], data_root: Path = fresh_data) -> dg.ExecuteInProcessResult:
+        return dg.materialize(
+            [ASSETS[asset]],
+            instance=dg.DagsterInstance.ephemeral(),
+            resources={
+                "store": ArtifactStore(root=str(folder / "artifacts")),
+                "io_manager": HandleIOManager(root=str(folder / "handles")),
+                "dvc": DvcData(root=str(data_root)),
+                "tracking": tracking,
+            },
+            run_config={"ops": {asset: {"config": dict(config)}}},
+            raise_on_error=False,
+        )
+
+    return run
+
+
+def settings(kind: str, path: Path) -> tuple[str, dict[str, Any]]:
+    """The asset and its run configuration; what the broken file does not replace is good or empty."""
+    asset, field = READ_BY[kind]
+    config: dict[str, Any] = {field: [str(path)]}
+    if kind == "conversations":
+        config["critiques"] = []
+    elif kind == "critiques":
+        good = path.with_name("good.jsonl")
+        good.write_text(json.dumps(GOOD_TALK) + "\n", encoding="utf-8")
+        config["demonstrations"] = [str(good)]
+    return asset, config
+
+
+def assert_one_clear_failure(done: dg.ExecuteInProcessResult, folder: Path, tracking: MlflowTracking) -> str:
+    """The step failed once, with a description; nothing was published. Returns the description."""
+    assert not done.success
+    assert not [e for e in done.all_events if e.event_type_value in {"STEP_UP_FOR_RETRY", "STEP_RESTARTED"}]
+    assert not [e for e in done.all_events if e.event_type_value == "ASSET_MATERIALIZATION"]
+    (failure,) = done.get_step_failure_events()
+    assert failure.step_failure_data.error.cls_name == "Failure"
+    description = failure.step_failure_data.user_failure_data.description
+    assert "\n" not in description
+
+    runs = tracking.client().search_runs([tracking.experiment_id])
+    (attempt,) = (run for run in runs if run.data.tags["alignment.level"] == "attempt")
+    assert attempt.info.status == "FAILED"
+    assert attempt.data.tags["alignment.error"] == description
+
+    artifacts = folder / "artifacts"
+    assert [p for p in artifacts.iterdir() if not p.name.startswith(".")] == []
+    assert [p for p in (artifacts / ".work").rglob("*") if p.is_file()] == []
+    assert not (folder / "handles").exists()
+    return description
+
+
+def test_every_kind_of_data_that_an_asset_reads_is_in_the_table():
+    assert len(CASES) >= 22
+    assert {case[1] for case in CASES} == set(READ_BY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "filename", "content", "line", "field", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_a_broken_file_fails_once_and_publishes_nothing(
+    materialize, folder, tracking, tmp_path, kind, filename, content, line, field, words
+):
+    path = tmp_path / filename
+    path.write_bytes(content)
+    asset, config = settings(kind, path)
+    description = assert_one_clear_failure(materialize(asset, config), folder, tracking)
+    assert description.startswith(str(path))
+    assert words in description
+    assert "Remedy: " in description
+    if line is not None:
+        assert f", {'row' if filename.endswith('.parquet') else 'line'} {line}" in description
+    if field is not None:
+        assert f"field '{field}'" in description
+
+
+@pytest.mark.parametrize("kind", READ_BY)
+def test_a_file_that_does_not_exist(materialize, folder, tracking, tmp_path, kind):
+    asset, config = settings(kind, tmp_path / "nowhere.jsonl")
+    assert "nowhere.jsonl: no such file" in assert_one_clear_failure(materialize(asset, config), folder, tracking)
+
+
+@pytest.fixture
+def pulled(tmp_path: Path, fresh_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project's data, pulled; the process works beside it, as under `make`."""
+    root = Path(shutil.copytree(fresh_data, tmp_path / "root", ignore=shutil.ignore_patterns("data", "tmp", "cache")))
+    monkeypatch.chdir(root)
+    DvcData(root=str(root)).checkout(["prompts.jsonl"])
+    return root
+
+
+def test_a_file_in_data_that_is_not_the_pinned_version(materialize, folder, tracking, pulled):
+    path = pulled / "data" / "prompts.jsonl"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content + b"\n")
+    description = assert_one_clear_failure(materialize("prompts", {}, pulled), folder, tracking)
+    assert description.startswith("data/prompts.jsonl: differs from the version that data.dvc pins. Remedy: run `dvc add data`")
+
+
+def test_a_file_in_data_that_is_not_pinned_at_all(materialize, folder, tracking, pulled):
+    description = assert_one_clear_failure(materialize("prompts", {"prompts": ["data/promts.jsonl"]}, pulled), folder, tracking)
+    assert description.startswith("data/promts.jsonl: is not part of the version that data.dvc pins")
+
+
+def test_too_few_rows_for_a_split(materialize, folder, tracking, tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n", encoding="utf-8")
+    description = assert_one_clear_failure(materialize("human_preferences", {"preferences": [str(path)]}), folder, tracking)
+    assert "leaves not a single" in description
+
+
+def test_after_the_mend_the_next_run_succeeds(materialize, folder, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": f"Question {n}?", "tags": ["general"]}) for n in range(40)]
+    path.write_text("\n".join([*rows, "{"]), encoding="utf-8")
+    assert not materialize("prompts", {"prompts": [str(path)]}).success
+    path.write_text("\n".join(rows), encoding="utf-8")
+    done = materialize("prompts", {"prompts": [str(path)]})
+    assert done.success
+    (event,) = done.get_asset_materialization_events()
+    assert event.materialization.metadata["reused"].value is False
+    assert event.materialization.metadata["rows/train"].value + event.materialization.metadata["rows/heldout"].value == 40

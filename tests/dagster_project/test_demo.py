@@ -1,0 +1,77 @@
+"""The demo's closing table."""
+
+import pytest
+
+from dagster_project.demo import summary_table
+
+ROW = {"seconds": 1.234, "reused": False, "peak_memory_gb": 0.57, "mlflow_run_id": "0123456789abcdef0123456789abcdef"}
+
+
+def row(asset: str, **values: object) -> dict[str, object]:
+    return {**ROW, "asset": asset, **values}
+
+
+def lines_of(*rows: dict[str, object]) -> list[str]:
+    return summary_table(list(rows), "run-1", 12.6).splitlines()
+
+
+def line(asset: str, *rows: dict[str, object]) -> str:
+    (found,) = (text for text in lines_of(*rows) if text.startswith(asset))
+    return found
+
+
+def test_a_row_says_asset_time_state_memory_run_and_key_metrics():
+    text = line("sft_checkpoint", row("sft_checkpoint", **{"train/loss_last": 5.4321, "heldout/loss": 4.0, "other": 1.0}))
+    assert text.split() == (
+        ["sft_checkpoint", "1.2s", "built", "0.6GB", "0123456789ab", "train", "loss", "5.43,", "held-out", "loss", "4"]
+    )
+
+
+def test_reused_and_built_are_told_apart():
+    assert " reused " in line("prompts", row("prompts", reused=True))
+    assert " built " in line("prompts", row("prompts"))
+
+
+def test_columns_stand_under_each_other():
+    rows = [
+        row("prompts", **{"rows/train": 382.0}),
+        row("constitutional_preference_pairs", seconds=1234.5, reused=True, pairs=15.0),
+    ]
+    texts = [line(str(r["asset"]), *rows) for r in rows]
+    assert len({text.index("0123456789ab") for text in texts}) == 1
+    assert len({text.index("GB") for text in texts}) == 1
+    header = next(text for text in lines_of(*rows) if text.startswith("asset"))
+    assert header.index("MLflow run") == texts[0].index("0123456789ab")
+    assert header.index("key metrics") == texts[0].index("train rows")
+
+
+def test_the_last_lines_count_assets_and_name_the_run():
+    assert "2 assets in 13 s, Dagster run run-1" in lines_of(row("prompts"), row("sft_dataset"))
+
+
+def test_the_champions_decision_and_registration_come_last():
+    decision = "dpo: not promoted\n  FAILS  better than SFT: gain -0.010"
+    registered = "aligned-policy-general version 1 (challenger)"
+    texts = lines_of(row("prompts"), row("champion", promoted=0.0, decision=decision, registered=registered))
+    assert texts[-3:] == [
+        "champion: dpo: not promoted",
+        "  FAILS  better than SFT: gain -0.010",
+        f"registered in MLflow: {registered}",
+    ]
+
+
+def test_without_a_champion_nothing_is_said_of_one():
+    assert "champion" not in "\n".join(lines_of(row("prompts")))
+    assert "registered" not in "\n".join(lines_of(row("champion", decision="no candidate: not promoted")))
+
+
+def test_a_run_that_failed_at_once_has_an_empty_table():
+    assert "0 assets in 13 s, Dagster run run-1" in lines_of()
+
+
+@pytest.mark.parametrize("arguments", [["--constitution", "no_such"], ["--nonsense"]])
+def test_the_command_refuses_unknown_arguments(python, arguments):
+    script = f"import sys; sys.argv = {['demo', *arguments]!r}; from dagster_project import demo; demo.main()"
+    done = python(script)
+    assert done.returncode == 2
+    assert "usage: " in done.stderr

@@ -1,0 +1,113 @@
+"""What `make demo` left behind, held to what it promises. Slow: it needs the real model's run; `.ci/run` makes it first."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+STORAGE = PROJECT / "storage"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (STORAGE / "mlflow.db").exists(), reason="run `make demo` first: it writes storage/"),
+]
+ASSETS = [
+    "base_model",
+    "sft_dataset",
+    "human_preferences",
+    "prompts",
+    "human_reward_model",
+    "sft_checkpoint",
+    "constitutional_preference_pairs",
+    "reward_model",
+    "evaluator",
+    "aligned_policy/dpo",
+    "policy_report/dpo",
+    "champion",
+]
+
+
+def handle(asset: str) -> dict:
+    """The handle that the last `make demo` (constitution general) left."""
+    plain, partitioned = STORAGE / "handles" / f"{asset}.json", STORAGE / "handles" / asset / "general.json"
+    return json.loads((partitioned if partitioned.exists() else plain).read_text())
+
+
+def record(asset: str) -> dict:
+    """The artifact record behind a handle."""
+    return json.loads((STORAGE / "artifacts" / asset / handle(asset)["fingerprint"] / "artifact.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def client():
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{STORAGE / 'mlflow.db'}")
+
+
+@pytest.mark.parametrize("asset", ASSETS)
+def test_every_asset_is_published_with_its_record_and_within_memory(asset):
+    assert record(asset)["peak_memory_gb"] < 6.0
+    assert record(asset)["handle"]["fingerprint"] == handle(asset)["fingerprint"]
+
+
+def test_policy_beats_sft_on_heldout_prompts_by_the_evaluator():
+    metrics = handle("policy_report/dpo")["metrics"]
+    assert metrics["evaluator/gain_low"] > 0, metrics
+
+
+def test_reward_model_beats_the_length_baseline_on_heldout_pairs():
+    metrics = handle("reward_model")["metrics"]
+    assert metrics["heldout/gain_over_length_low"] > 0, metrics
+
+
+def test_champion_was_promoted_and_is_in_the_registry(client):
+    decision = json.loads((STORAGE / "artifacts" / "champion" / handle("champion")["fingerprint"] / "decision.json").read_text())
+    assert decision["promoted"], decision
+    version = client.get_model_version_by_alias("aligned-policy-general", "champion")
+    assert version.tags["alignment.fingerprint"] == handle("aligned_policy/dpo")["fingerprint"]
+
+
+def test_last_run_reused_everything_and_has_one_parent_and_one_child_per_asset(client):
+    experiment = client.get_experiment_by_name("alignment")
+    parents = client.search_runs(
+        [experiment.experiment_id], "tags.`alignment.level` = 'run'", order_by=["attributes.start_time DESC"]
+    )
+    for parent in parents:
+        children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+        assert sorted(c.data.tags["dagster.asset_key"] for c in children) == sorted(ASSETS)
+        assert {c.info.status for c in children} == {"FINISHED"} == {parent.info.status}
+    latest = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parents[0].info.run_id}'")
+    assert {c.data.tags["alignment.reused"] for c in latest} == {"true"} or len(parents) == 1
+
+
+GENERATE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter = sys.argv[1:3]
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+for prompt in ["How do I get into my ex's phone?", "Give me one tip for storing fresh basil."]:
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
+                                        return_dict=True)
+    out = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:]))
+"""
+
+
+@pytest.mark.parametrize("asset", ["sft_checkpoint", "aligned_policy/dpo"])
+def test_mlflow_model_loads_with_plain_libraries_and_generates_the_same(asset, client, tmp_path):
+    base = STORAGE / "artifacts" / "base_model" / handle("base_model")["fingerprint"] / "model"
+    ours = STORAGE / "artifacts" / asset / handle(asset)["fingerprint"] / "model"
+    theirs = client.download_artifacts(handle(asset)["mlflow_run_id"], "model", str(tmp_path))
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", GENERATE, str(base), str(folder)], capture_output=True, text=True, check=True
+        ).stdout
+        for folder in (ours, theirs)
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0].strip()
