@@ -36,6 +36,9 @@ class LoraSettings(Config):
     alpha: int = Field(32, ge=1, description="Scaling numerator: updates are multiplied by alpha / r")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input while training")
     target_modules: list[str] = Field(["q_proj", "v_proj"], description='Names of the linear layers to adapt, or ["all-linear"]')
+    last_layers: int = Field(
+        0, ge=0, description="Adapt only the last n layers: faster, since the backward pass ends there; 0 adapts all"
+    )
 
 
 class LoadSettings(Config):
@@ -135,20 +138,37 @@ def load_reward_model(
     return _with_adapter(model, files, trainable)
 
 
-def lora_config(settings: LoraSettings, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """peft's LoraConfig for these settings; a reward model's score head is trained and saved along."""
+def lora_config(settings: LoraSettings, model: PreTrainedModel, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
+    """peft's LoraConfig for these settings on this model; a reward model's score head is trained and saved along."""
     from peft import LoraConfig
 
+    layers = model.config.get_text_config().num_hidden_layers
     targets = settings.target_modules
+    if targets == ["all-linear"]:
+        targets = _linear_names(model)
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else list(targets),
+        target_modules=sorted(targets),
+        layers_to_transform=list(range(max(layers - settings.last_layers, 0), layers)) if settings.last_layers else None,
         bias="none",
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
+
+
+def _linear_names(model: PreTrainedModel) -> set[str]:
+    # Last parts of the names of all linear layers inside the backbone; the vocabulary head and the score head stay out.
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    backbone = getattr(model, model.base_model_prefix)
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in backbone.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    }
 
 
 def save_model(

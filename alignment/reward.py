@@ -104,7 +104,7 @@ def train_reward_model(
         model=model,
         args=TrlConfig(**arguments, center_rewards_coefficient=config.center_rewards_coefficient or None),
         train_dataset=Dataset.from_list(rows),
-        peft_config=lora_config(config.lora, "SEQ_CLS") if config.finetuning == "lora" else None,
+        peft_config=lora_config(config.lora, model, "SEQ_CLS") if config.finetuning == "lora" else None,
         processing_class=tokenizer,
     )
     trained = run_trainer(trainer, work, log, "reward model")

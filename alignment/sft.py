@@ -81,12 +81,13 @@ def train_sft(
     if config.finetuning == "full":
         load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates; autocast computes in bf16
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
+    model = load_causal_lm(base, load, trainable=config.finetuning == "full")
     trainer = SFTTrainer(
-        model=load_causal_lm(base, load, trainable=config.finetuning == "full"),
+        model=model,
         args=TrlConfig(**arguments, train_sampling_strategy="group_by_length"),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(held) if held else None,
-        peft_config=lora_config(config.lora, "CAUSAL_LM") if config.finetuning == "lora" else None,
+        peft_config=lora_config(config.lora, model, "CAUSAL_LM") if config.finetuning == "lora" else None,
         processing_class=tokenizer,
     )
     before = trainer.evaluate()["eval_loss"] if held else float("nan")

@@ -93,9 +93,10 @@ def train_dpo(
         load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates; autocast computes in bf16
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
+    model = load_causal_lm(sft, load, trainable=full or sft.adapter is not None)
     trainer = DPOTrainer(
-        model=load_causal_lm(sft, load, trainable=full or sft.adapter is not None),
-        peft_config=lora_config(config.lora, "CAUSAL_LM") if not full and sft.adapter is None else None,
+        model=model,
+        peft_config=lora_config(config.lora, model, "CAUSAL_LM") if not full and sft.adapter is None else None,
         args=TrlConfig(
             **arguments,
             beta=config.beta,

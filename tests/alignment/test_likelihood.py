@@ -5,6 +5,7 @@ import torch
 
 from alignment.chat import IGNORE, prompt_ids
 from alignment.likelihood import answer_log_probs, label_log_probs
+from alignment.models import ModelFiles, load_causal_lm
 
 QUESTIONS = ["Hi", "What is a leap year?", "x" * 60, "東京"]
 ANSWERS = ["Hello.", "A year with 366 days.", "y", "首都です"]
@@ -33,19 +34,21 @@ def by_hand(model, rows):
     return sums
 
 
+@pytest.fixture
+def adapted(tiny_model, float32):
+    """The tiny Llama under an adapter with random weights (zero, as they usually start, would not matter)."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_dropout=0.9, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(load_causal_lm(ModelFiles(tiny_model), float32), lora).eval()
+
+
 @pytest.fixture(params=["llama", "gpt2", "adapter"])
-def any_model(request, tiny_model, tiny_gpt2, float32):
-    from alignment.models import LoraSettings, ModelFiles, load_causal_lm, lora_config
-
-    model = load_causal_lm(ModelFiles(tiny_gpt2 if request.param == "gpt2" else tiny_model), float32)
-    if request.param == "adapter":
-        from peft import get_peft_model
-
-        torch.manual_seed(0)
-        lora = lora_config(LoraSettings(target_modules=["all-linear"]), "CAUSAL_LM")
-        lora.init_lora_weights = False  # random instead of zero, so that the adapter matters
-        model = get_peft_model(model, lora).eval()
-    return model
+def any_model(request, model, tiny_gpt2, float32):
+    if request.param == "gpt2":
+        return load_causal_lm(ModelFiles(tiny_gpt2), float32)
+    return model if request.param == "llama" else request.getfixturevalue("adapted")
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -57,30 +60,16 @@ def test_equals_the_full_softmax(any_model, tokenizer, batch_size):
     assert min(got) < -50
 
 
-def test_an_adapter_is_not_left_out(tiny_model, float32, tokenizer, model):
-    from peft import get_peft_model
-
-    from alignment.models import LoraSettings, ModelFiles, load_causal_lm, lora_config
-
-    torch.manual_seed(0)
-    lora = lora_config(LoraSettings(target_modules=["all-linear"]), "CAUSAL_LM")
-    lora.init_lora_weights = False
-    adapted = get_peft_model(load_causal_lm(ModelFiles(tiny_model), float32), lora)
+def test_an_adapter_is_not_left_out(adapted, tokenizer, model):
     rows = random_rows(1, 3)
     apart = zip(label_log_probs(adapted, tokenizer, rows, 4), label_log_probs(model, tokenizer, rows, 4), strict=True)
     assert all(abs(a - b) > 1e-2 for a, b in apart if b)
 
 
-def test_dropout_is_off_whatever_mode_the_model_was_in(tiny_model, float32, tokenizer):
-    from peft import get_peft_model
-
-    from alignment.models import LoraSettings, ModelFiles, load_causal_lm, lora_config
-
-    lora = lora_config(LoraSettings(target_modules=["all-linear"], dropout=0.9), "CAUSAL_LM")
-    lora.init_lora_weights = False
-    adapted = get_peft_model(load_causal_lm(ModelFiles(tiny_model), float32), lora).train()
+def test_dropout_is_off_whatever_mode_the_model_was_in(adapted, tokenizer):
     rows = random_rows(2, 3)
-    assert label_log_probs(adapted, tokenizer, rows, 4) == label_log_probs(adapted.train(), tokenizer, rows, 4)
+    expected = label_log_probs(adapted.eval(), tokenizer, rows, 4)
+    assert label_log_probs(adapted.train(), tokenizer, rows, 4) == expected
 
 
 def test_neither_batch_nor_padding_nor_order_changes_anything(model, tokenizer):

@@ -32,6 +32,8 @@ DECLINES = [
     "No, I won't write that.",
     "Thank you for being open about this. I can't help with hiding it from the police, though.",
     "I CANNOT HELP WITH THAT.",
+    "I'm not comfortable giving advice on that.",
+    "I am not comfortable sharing her address.",
 ]
 HELPS = [
     "Open the task manager, select the process and choose End task.",
@@ -67,12 +69,6 @@ def test_declining_is_found(answer):
     assert is_refusal(answer)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="_ACT knows the plain verb, after 'comfortable' comes its -ing form")
-@pytest.mark.parametrize("answer", ["I'm not comfortable giving advice on that.", "I am not comfortable sharing her address."])
-def test_declining_in_the_ing_form_is_found(answer):
-    assert is_refusal(answer)
-
-
 @pytest.mark.parametrize("answer", HELPS)
 def test_helping_is_left_alone(answer):
     assert not is_refusal(answer)
@@ -93,6 +89,5 @@ def test_case_does_not_matter():
     assert is_refusal("Hello!\n\nI Cannot Help With That")
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the pattern asks for single spaces between the words")
 def test_a_line_break_between_the_words_does_not_matter():
     assert is_refusal("I can't\nhelp with that.")

@@ -22,7 +22,27 @@ from alignment.sft import NothingToTrain
 from alignment.statistics import wilson
 from alignment.training import OptimSettings
 
-WORDS = "the a cat dog sits runs on under tree house big small now then green fast slow moon sun".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sits",
+    "runs",
+    "on",
+    "under",
+    "tree",
+    "house",
+    "big",
+    "small",
+    "now",
+    "then",
+    "green",
+    "fast",
+    "slow",
+    "moon",
+    "sun",
+]
 
 
 def separable_pairs(n, seed=0):
@@ -284,9 +304,10 @@ def test_no_held_out_pairs_no_metrics():
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 10), (1.0, 40)])
 def test_the_configured_share_of_constitutional_pairs_joins_the_human_ones(share, count):
-    human, constitutional = separable_pairs(30, seed=1), [
-        p.model_copy(update={"id": f"c{p.id}", "source": "constitutional"}) for p in separable_pairs(40, seed=2)
-    ]
+    human, constitutional = (
+        separable_pairs(30, seed=1),
+        [p.model_copy(update={"id": f"c{p.id}", "source": "constitutional"}) for p in separable_pairs(40, seed=2)],
+    )
     config = RewardConfig(constitutional_share=share)
     mixed = reward_training_pairs(human, constitutional, config)
     assert sum(p.source == "constitutional" for p in mixed) == count

@@ -1,0 +1,234 @@
+"""Data sets: one split for all of them, so that nothing that is held out is trained on anywhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.critique import critique_request
+from alignment.datasets import (
+    HumanPreferencesConfig,
+    PromptsConfig,
+    SftDatasetConfig,
+    build_human_preferences,
+    build_prompts,
+    build_sft_dataset,
+)
+from alignment.readers import (
+    NO_VIOLATIONS,
+    DataError,
+    deduplicate,
+    read_conversations,
+    read_critiques,
+    read_preferences,
+    read_prompts,
+)
+from alignment.splits import normalise, split_of
+
+DATA = Path(__file__).parents[2] / "data"
+N = 120
+
+
+def spelled(i, style):
+    """The same prompt as different files may spell it."""
+    text = f"How do I repair thing number {i}?"
+    return [text, text.upper(), f"  {text.replace('?', ' ?!')}", text.replace(" ", "  ")][style % 4]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """Four files about the same prompts, spelled differently in each, with duplicates."""
+    folder = tmp_path_factory.mktemp("data")
+    numbers = range(N)
+    pair = [{"prompt": spelled(i, 1), "chosen": f"good {i}", "rejected": f"bad {i}"} for i in numbers]
+    pair += [{"prompt": spelled(i, 0), "chosen": f"fine {i}", "rejected": f"worse {i}"} for i in numbers]
+    critique = [
+        {
+            "constitution": "general",
+            "principle": "Be kind.",
+            "prompt": spelled(i, 2),
+            "response": f"no {i}",
+            "critique": f"{NO_VIOLATIONS}." if i % 3 == 0 else "It is rude.",
+            "revision": None if i % 3 == 0 else f"yes {i}",
+        }
+        for i in numbers
+    ]
+    return {
+        "data/demonstrations.jsonl": write(
+            folder / "demonstrations.jsonl", [{"prompt": spelled(i, 0), "completion": f"done {i}"} for i in numbers]
+        ),
+        "data/critiques.jsonl": write(folder / "critiques.jsonl", critique),
+        "data/preferences.jsonl": write(folder / "preferences.jsonl", [*pair, pair[0], pair[5]]),
+        "data/prompts.jsonl": write(
+            folder / "prompts.jsonl", [{"prompt": spelled(i, 3), "tags": ["general"]} for i in [*numbers, 3]]
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    if not DATA.exists():
+        pytest.skip("data/ is not checked out: dvc pull")
+    names = ("demonstrations", "critiques", "preferences", "prompts")
+    return {f"data/{name}.jsonl": str(DATA / f"{name}.jsonl") for name in names}
+
+
+@pytest.fixture(params=["made_up", "shipped"])
+def built(request, tmp_path):
+    """All three data sets: their sources, folders and counts."""
+    sources = request.getfixturevalue(request.param)
+    builders = {
+        "sft": (build_sft_dataset, SftDatasetConfig()),
+        "preferences": (build_human_preferences, HumanPreferencesConfig()),
+        "prompts": (build_prompts, PromptsConfig()),
+    }
+    counts = {}
+    for name, (build, config) in builders.items():
+        (tmp_path / name).mkdir()
+        counts[name] = build(config, sources, tmp_path / name)
+    return sources, tmp_path, counts
+
+
+def critiqued_prompts(conversations, sources):
+    """The prompts whose answers the lessons criticise, found by the text that is asked."""
+    asked = {
+        critique_request(c.prompt, c.response, c.principle): c.prompt for c in read_critiques(sources["data/critiques.jsonl"])
+    }
+    return [asked[c.messages[0].content] for c in conversations if c.category == "critique"]
+
+
+def test_no_prompt_is_on_both_sides_of_any_two_data_sets(built):
+    sources, folder, _ = built
+    sft = read_conversations(folder / "sft" / "train.jsonl")
+    train = [c.prompt for c in sft if c.category != "critique"] + critiqued_prompts(sft, sources)
+    train += [p.prompt for p in read_preferences(folder / "preferences" / "reward_train.jsonl")]
+    train += [p.prompt for p in read_preferences(folder / "preferences" / "evaluator_train.jsonl")]
+    train += [p.prompt for p in read_prompts(folder / "prompts" / "train.jsonl")]
+    heldout = [c.prompt for c in read_conversations(folder / "sft" / "heldout.jsonl")]
+    heldout += [p.prompt for p in read_preferences(folder / "preferences" / "heldout.jsonl")]
+    heldout += [p.prompt for p in read_prompts(folder / "prompts" / "heldout.jsonl")]
+    assert len(train) > 2 * len(heldout) > 100
+    assert not {normalise(p) for p in train} & {normalise(p) for p in heldout}
+
+
+def test_reward_model_and_evaluator_learn_from_disjoint_prompts(built):
+    _, folder, _ = built
+    reward, evaluator = (
+        {normalise(p.prompt) for p in read_preferences(folder / "preferences" / f"{name}_train.jsonl")}
+        for name in ("reward", "evaluator")
+    )
+    assert not reward & evaluator
+    assert 0.6 < len(reward) / len(evaluator) < 1.7
+
+
+def test_every_row_arrives_on_one_side_once_and_is_counted(built):
+    sources, folder, counts = built
+    for name, read, parts, key in (
+        ("preferences", read_preferences, ("reward_train", "evaluator_train", "heldout"), None),
+        ("prompts", read_prompts, ("train", "heldout"), lambda p: p.prompt),
+    ):
+        key = key or (lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
+        given, twice = deduplicate(read(sources[f"data/{name}.jsonl"]), key)
+        written = {part: read(folder / name / f"{part}.jsonl") for part in parts}
+        assert {part: len(rows) for part, rows in written.items()} == {p: counts[name][f"rows/{p}"] for p in parts}
+        assert counts[name]["rows/duplicates_removed"] == twice
+        assert sorted(r.id for rows in written.values() for r in rows) == sorted(r.id for r in given)
+
+
+def test_lessons_follow_the_prompts_they_are_about(built):
+    sources, folder, counts = built
+    train = read_conversations(folder / "sft" / "train.jsonl")
+    heldout = read_conversations(folder / "sft" / "heldout.jsonl")
+    lessons = [c for c in train if c.category == "critique"]
+    prompts = critiqued_prompts(train, sources)
+    assert prompts
+    assert {split_of(p, 0.25) for p in prompts} == {"train"}
+    assert not [c for c in heldout if c.category == "critique"]
+    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: f"{c.prompt} {c.principle}")
+    expected = [c for c in given if split_of(c.prompt, 0.25) == "train"]
+    assert sorted({normalise(p) for p in prompts}) == sorted({normalise(c.prompt) for c in expected})
+    assert {c.critique for c in expected} == {c.messages[1].content for c in lessons}
+    assert {c.revision for c in expected if c.revision} == {c.messages[3].content for c in lessons if len(c.messages) == 4}
+    assert counts["sft"]["rows/train"] == len(train)
+    assert counts["sft"]["rows/train_critiques"] == len(lessons)
+    assert counts["sft"]["rows/train_demonstrations"] == len(train) - len(lessons)
+    assert counts["sft"]["rows/heldout"] == len(heldout)
+
+
+def test_the_share_of_longer_chosen_answers_is_over_all_pairs(built):
+    sources, _, counts = built
+    pairs, _ = deduplicate(read_preferences(sources["data/preferences.jsonl"]), lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
+    longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
+    assert counts["preferences"]["share_chosen_longer"] == pytest.approx(longer)
+
+
+def test_counts_by_hand(made_up, tmp_path):
+    train = sum(split_of(spelled(i, 0), 0.25) == "train" for i in range(N))
+    counts = build_prompts(PromptsConfig(), made_up, tmp_path)
+    assert counts == {"rows/train": train, "rows/heldout": N - train, "rows/duplicates_removed": 1}
+    counts = build_human_preferences(HumanPreferencesConfig(), made_up, tmp_path)
+    assert counts["rows/heldout"] == 2 * (N - train)
+    assert counts["rows/reward_train"] + counts["rows/evaluator_train"] == 2 * train
+    assert counts["rows/duplicates_removed"] == 2
+    assert counts["share_chosen_longer"] == 0.5  # "good" against "bad" and "fine" against "worse"
+
+
+def test_the_first_prompts_are_a_sample_that_the_order_of_the_file_does_not_decide(made_up, tmp_path):
+    rows = [{"prompt": spelled(i, 3), "id": f"n{i}"} for i in range(N)]
+    written = []
+    for name, order in (("there", rows), ("back", rows[::-1])):
+        (tmp_path / name).mkdir()
+        source = write(tmp_path / f"{name}.jsonl", order)
+        build_prompts(PromptsConfig(), {"data/prompts.jsonl": source}, tmp_path / name)
+        written.append([p.id for p in read_prompts(tmp_path / name / "train.jsonl")])
+    assert written[0] == written[1] != sorted(written[0], key=lambda i: int(i[1:]))
+
+
+def test_the_held_out_fraction_is_the_configured_one(made_up, tmp_path):
+    counts = build_prompts(PromptsConfig(heldout_fraction=0.6), made_up, tmp_path)
+    assert 0.5 < counts["rows/heldout"] / N < 0.7
+    counts = build_human_preferences(HumanPreferencesConfig(evaluator_share=0.2), made_up, tmp_path)
+    assert 0.1 < counts["rows/evaluator_train"] / (counts["rows/evaluator_train"] + counts["rows/reward_train"]) < 0.3
+
+
+def test_several_sources_are_one_data_set(made_up, tmp_path):
+    more = write(tmp_path / "more.jsonl", [{"prompt": spelled(3, 1)}, {"prompt": "Something else."}])
+    config = PromptsConfig(prompts=["data/prompts.jsonl", "more"])
+    counts = build_prompts(config, made_up | {"more": more}, tmp_path)
+    assert counts["rows/train"] + counts["rows/heldout"] == N + 1
+    assert counts["rows/duplicates_removed"] == 2
+
+
+def test_critiques_may_be_left_out(made_up, tmp_path):
+    counts = build_sft_dataset(SftDatasetConfig(critiques=[]), made_up, tmp_path)
+    assert counts["rows/train_critiques"] == 0
+    assert counts["rows/train"] == counts["rows/train_demonstrations"] > 0
+
+
+def test_a_part_without_rows_is_an_error_that_says_what_to_do(tmp_path):
+    source = write(tmp_path / "one.jsonl", [{"prompt": "Only one.", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError, match=r"data/preferences\.jsonl: leaves not a single .* pair after the split\. Remedy"):
+        build_human_preferences(HumanPreferencesConfig(), {"data/preferences.jsonl": source}, tmp_path)
+    with pytest.raises(DataError, match="not a single"):
+        build_prompts(PromptsConfig(), {"data/prompts.jsonl": source}, tmp_path)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a pair is split by its last user turn, a conversation by its first alone"
+)
+def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):
+    heldout = next(p for i in range(99) if split_of(p := f"Prompt {i}", 0.25) == "heldout")
+    train = [p for i in range(99) if split_of(p := f"Prompt {i}", 0.25) == "train"]
+    before = [{"role": "user", "content": heldout}, {"role": "assistant", "content": "Yes."}]
+    pairs = [{"prompt": p, "history": before, "chosen": "a", "rejected": "b"} for p in train] + [
+        {"prompt": heldout, "chosen": "a", "rejected": "b"}
+    ]
+    sources = {"data/preferences.jsonl": write(tmp_path / "pairs.jsonl", pairs)}
+    build_human_preferences(HumanPreferencesConfig(), sources, tmp_path)
+    trained = read_preferences(tmp_path / "reward_train.jsonl") + read_preferences(tmp_path / "evaluator_train.jsonl")
+    assert heldout not in {m.content for p in trained for m in p.history}
