@@ -7,17 +7,21 @@ The run is the same that the UI would launch: multiprocess executor, partition, 
 
 import argparse
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 import yaml
 
 from assets.settings import PARTITIONS, RECIPE
 from dagster_project.jobs import alignment_job
 from resources.paths import PROJECT
+
+PROCESS = "alignment/process"
 
 
 def alignment() -> dg.JobDefinition:
@@ -38,11 +42,12 @@ def main() -> None:
     print(f"alignment pipeline: recipe {RECIPE.name}, constitution {arguments.constitution}", flush=True)
     begun = time.monotonic()
     with dg.DagsterInstance.get() as instance:
+        end_dead_runs(instance)
         result = dg.execute_job(
             dg.reconstructable(alignment),
             instance,
             run_config=config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
-            tags={"dagster/partition": arguments.constitution},
+            tags={"dagster/partition": arguments.constitution, PROCESS: _this_process()},
         )
         rows = summary_rows(instance, result.run_id)
         print(summary_table(rows, result.run_id, time.monotonic() - begun))
@@ -50,6 +55,35 @@ def main() -> None:
             failed = [e.step_key for e in instance.all_logs(result.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)]
             print(f"FAILED: {', '.join(str(key) for key in failed)}. The lines above say why.")
             sys.exit(1)
+
+
+def end_dead_runs(instance: dg.DagsterInstance) -> None:
+    """Mark runs as failed whose process was killed, and free the pool slots they hold.
+
+    Dagster's daemon does this for runs that it launched. A `make demo` that was killed has no daemon, and its claim on the
+    `gpu` pool would keep every later run waiting.
+    """
+    for run in instance.get_runs(filters=dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        owner = run.tags.get(PROCESS)
+        if owner is not None and not _alive(owner):
+            print(f"run {run.run_id} was killed before it ended; freeing what it holds", flush=True)
+            instance.report_run_failed(run, "Its process was killed.")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def _this_process() -> str:
+    # Host, process id and start time: a process id alone may have been given to another process since.
+    return f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time():.2f}"
+
+
+def _alive(owner: str) -> bool:
+    host, pid, begun = owner.split("/")
+    if host != socket.gethostname():
+        return True  # cannot be told from here
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" == begun
+    except psutil.NoSuchProcess:
+        return False
 
 
 def summary_rows(instance: dg.DagsterInstance, run_id: str) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ LAYOUT = {
     ("OptimSettings", "log_every"),
     ("SamplingSettings", "batch_size"),
     ("CritiqueConfig", "chunk"),
+    ("CritiqueConfig", "score_batch_size"),
     ("RewardConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
 }
@@ -151,7 +152,7 @@ def test_no_two_different_things_share_a_fingerprint():
 
 def test_the_order_of_keys_does_not_matter():
     assert address(CONFIG, inputs={"data": "2", "base": "1"}) == address(CONFIG)
-    turned = {name: value for name, value in reversed(CONFIG.model_dump().items())}
+    turned = dict(reversed(CONFIG.model_dump().items()))
     assert address(type(CONFIG).model_validate(turned)) == address(CONFIG)
 
 

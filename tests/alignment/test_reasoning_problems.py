@@ -2,6 +2,7 @@
 
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def solve_percent(text):
 
 def solve_next_number(text):
     row = numbers(re.search(r"[\d, ]+\d", text).group())
-    steps = {b - a for a, b in zip(row, row[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(row)}
     assert len(row) == 4
     assert len(steps) == 1
     return row[-1] + steps.pop()

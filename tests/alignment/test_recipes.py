@@ -124,9 +124,7 @@ def test_a_wrong_value_is_named_by_file_and_key(recipe, tmp_path, text, says):
 
 def test_values_that_contradict_each_other_are_named(recipe):
     wrong = recipe(r="sft_checkpoint: {optim: {batch_size: 6, micro_batch_size: 4}}")
-    with pytest.raises(
-        RecipeError, match=r"key 'sft_checkpoint\.optim': .*batch_size 6 must be a multiple of micro_batch_size 4"
-    ):
+    with pytest.raises(RecipeError, match=r"key 'sft_checkpoint\.optim': .*batch_size 6 must be a multiple of .* 4"):
         wrong.config("sft_checkpoint", SftConfig)
     wrong = recipe(r="sft_checkpoint: {optim: {save_every: 5, log_every: 2}}")
     with pytest.raises(RecipeError, match=r"save_every 5 must be a multiple of log_every 2"):

@@ -22,27 +22,7 @@ from alignment.sft import NothingToTrain
 from alignment.statistics import wilson
 from alignment.training import OptimSettings
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sits",
-    "runs",
-    "on",
-    "under",
-    "tree",
-    "house",
-    "big",
-    "small",
-    "now",
-    "then",
-    "green",
-    "fast",
-    "slow",
-    "moon",
-    "sun",
-]
+WORDS = ["the", "a", "cat", "dog", "sits", "runs", "on", "under", "tree", "house", "big", "small", "now", "then", "fast"]
 
 
 def separable_pairs(n, seed=0):
