@@ -104,7 +104,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool = False) -> PreTrainedModel:
-    """A causal language model on this machine's device; with its adapter, unmerged, if the files name one.
+    """A causal language model on this machine's device, with its adapter if the files name one.
+
+    For sampling (not `trainable`) the adapter is merged into 16- or 32-bit weights, which about doubles the speed; over an
+    NF4 base it stays beside them, since merging into 4 bit would change the outputs.
 
     Args:
         files: the full model and, optionally, an adapter over it.
@@ -114,7 +117,10 @@ def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(files.base), **_load_kwargs(settings))
-    return _with_adapter(model, files, trainable)
+    model = _with_adapter(model, files, trainable)
+    if files.adapter is not None and not trainable and settings.quantization == "none":
+        model = model.merge_and_unload()
+    return model
 
 
 def load_reward_model(

@@ -207,11 +207,12 @@ def test_nothing_to_train_is_said(train):
 
 def test_scores_do_not_depend_on_the_batch_they_were_in(lora, tiny_model, float32):
     model, tokenizer = loaded("lora", lora[3], tiny_model, float32)
-    told = [[{"role": "user", "content": "q" * (7 * i % 40)}, {"role": "assistant", "content": "a" * i}] for i in range(1, 13)]
+    answers = [("please " if i % 2 else "never ") * (i % 5) + "a" * i for i in range(1, 13)]
+    told = [[{"role": "user", "content": "q" * (7 * i % 40)}, {"role": "assistant", "content": a}] for i, a in enumerate(answers)]
     alone = score(model, tokenizer, told, 1)
     assert score(model, tokenizer, told, 12) == pytest.approx(alone, abs=1e-4)
     assert score(model, tokenizer, told[::-1], 5)[::-1] == pytest.approx(alone, abs=1e-4)
-    assert len({round(s, 4) for s in alone}) == 12
+    assert max(alone) - min(alone) > 1
 
 
 def test_the_score_is_read_at_the_eos_of_the_last_turn(lora, tiny_model, float32):

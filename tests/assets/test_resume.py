@@ -91,7 +91,7 @@ def story(new_sandbox) -> SimpleNamespace:
         dpo_at = wait_for(complete_checkpoint(disturbed, "aligned_policy/dpo", 6), first)
         kill_everything(first)
         second = disturbed.start_assets(ASSETS, CONFIG)
-        second.finish()
+        second.finish(120)
         undisturbed.finish()
     finally:
         for job in (undisturbed, first):
