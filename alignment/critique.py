@@ -59,7 +59,10 @@ class CritiqueConfig(Config):
         SamplingSettings(temperature=0.0, max_new_tokens=128), description="How revisions are sampled"
     )
     no_violation_threshold: float = Field(
-        0.5, gt=0, le=1, description="The critic finds nothing when the probability that it says so is at least this"
+        0.5,
+        gt=0,
+        le=1,
+        description="The critic finds nothing when the probability that it says so is at least this; 1: always revise",
     )
     candidates: int = Field(1, ge=1, description="Revisions sampled per critique; the judge picks the best")
     filters: FilterSettings = Field(FilterSettings(), description="Which revisions are worth training on")
@@ -119,7 +122,7 @@ def critique_and_revise(
     progress = Progress(log, "critique and revise", len(todo))
     for start in range(0, len(todo), config.chunk):
         chunk = todo[start : start + config.chunk]
-        results = _revise_chunk(model, judge, tokenizer, chunk, constitution, config)
+        results = _revise_chunk(model, judge, tokenizer, chunk, constitution, config, log)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(r.model_dump_json() + "\n" for r in results)
         done |= {r.id: r for r in results}
@@ -183,7 +186,7 @@ def critique_conversation(demonstration: CritiqueDemonstration) -> Conversation:
     return Conversation(id=d.id, messages=tuple(turns), category="critique")
 
 
-def _revise_chunk(model, judge, tokenizer, prompts, constitution, config) -> list[Revised]:
+def _revise_chunk(model, judge, tokenizer, prompts, constitution, config, log) -> list[Revised]:
     def seeds(rows: Sequence[int], what: str) -> list[int]:
         return [_seed(config.seed, prompts[i].id, what) for i in rows]
 
@@ -196,7 +199,9 @@ def _revise_chunk(model, judge, tokenizer, prompts, constitution, config) -> lis
 
     everyone = range(len(prompts))
     questions = [[{"role": "user", "content": p.prompt}] for p in prompts]
-    initial = generate(model, tokenizer, questions, config.answer, seeds=seeds(everyone, "answer"))
+    initial = generate(
+        model, tokenizer, questions, config.answer, seeds=seeds(everyone, "answer"), log=log, what="initial answers"
+    )
     principles = [draw_principles(constitution, config.rounds, p.id, config.seed) for p in prompts]
     current = [c.text for c in initial]
     truncated = [not c.ended for c in initial]
@@ -204,11 +209,20 @@ def _revise_chunk(model, judge, tokenizer, prompts, constitution, config) -> lis
     reward_final = list(reward_initial)
     rounds: list[list[Round]] = [[] for _ in prompts]
     for k in range(len(principles[0])):
-        approval = _approval(model, tokenizer, [asked(i, k) for i in everyone], config)
-        faulty = [i for i in everyone if approval[i] < config.no_violation_threshold]
+        faulty = list(everyone)
+        if config.no_violation_threshold < 1:
+            approval = _approval(model, tokenizer, [asked(i, k) for i in everyone], config)
+            faulty = [i for i in everyone if approval[i] < config.no_violation_threshold]
         requests = [asked(i, k) for i in faulty]
         critiques = generate(
-            model, tokenizer, requests, config.critique, seeds=seeds(faulty, f"critique {k}"), not_first=NO_VIOLATIONS
+            model,
+            tokenizer,
+            requests,
+            config.critique,
+            seeds=seeds(faulty, f"critique {k}"),
+            not_first=NO_VIOLATIONS,
+            log=log,
+            what="critiques",
         )
         requests = [
             [*r, {"role": "assistant", "content": c.text or "-"}, {"role": "user", "content": revision_request()}]
@@ -221,6 +235,8 @@ def _revise_chunk(model, judge, tokenizer, prompts, constitution, config) -> lis
             [r for _, r, _ in sampled],
             config.revision,
             seeds=[_seed(config.seed, prompts[i].id, f"revision {k} {j}") for i, _, j in sampled],
+            log=log,
+            what="revisions",
         )
         scores = rewards([i for i, _, _ in sampled], [r.text for r in revisions])
         best: dict[int, tuple[float, Completion]] = {}

@@ -170,11 +170,7 @@ def _linear_names(model: PreTrainedModel) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
     backbone = getattr(model, model.base_model_prefix)
-    return {
-        name.rsplit(".", 1)[-1]
-        for name, module in backbone.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-    }
+    return {name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
 
 
 def save_model(

@@ -228,8 +228,10 @@ def _check_reload(config, base, out, tokenizer, pairs, trained) -> None:
         return
     files = ModelFiles(base.base, out / "model") if config.finetuning == "lora" else ModelFiles(out / "model")
     fresh = load_reward_model(files, config.load, tokenizer=tokenizer)
-    expected = sum(score_pairs(trained, tokenizer, pairs, config.score_batch_size), [])
-    again = sum(score_pairs(fresh, tokenizer, pairs, config.score_batch_size), [])
+    expected, again = (
+        [*chosen, *rejected]
+        for chosen, rejected in (score_pairs(m, tokenizer, pairs, config.score_batch_size) for m in (trained, fresh))
+    )
     gap = max(abs(a - b) for a, b in zip(again, expected, strict=True))
     if gap > 0.02 * (1 + max(abs(e) for e in expected)):
         raise HeadLost(f"scores changed by up to {gap:.3f} when the saved reward model was loaded again")

@@ -42,19 +42,27 @@ def main() -> None:
     print(f"alignment pipeline: recipe {RECIPE.name}, constitution {arguments.constitution}", flush=True)
     begun = time.monotonic()
     with dg.DagsterInstance.get() as instance:
-        end_dead_runs(instance)
-        result = dg.execute_job(
-            dg.reconstructable(alignment),
-            instance,
-            run_config=config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
-            tags={"dagster/partition": arguments.constitution, PROCESS: _this_process()},
-        )
+        result = run_alignment(instance, arguments.constitution, config)
         rows = summary_rows(instance, result.run_id)
         print(summary_table(rows, result.run_id, time.monotonic() - begun))
         if not result.success:
             failed = [e.step_key for e in instance.all_logs(result.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)]
             print(f"FAILED: {', '.join(str(key) for key in failed)}. The lines above say why.")
             sys.exit(1)
+
+
+def run_alignment(
+    instance: dg.DagsterInstance, constitution: str, run_config: dict[str, Any], assets: list[str] | None = None
+) -> dg.JobExecutionResult:
+    """Run the job for one constitution in this process's instance; `assets` (keys) restricts it to some of them."""
+    end_dead_runs(instance)
+    return dg.execute_job(
+        dg.reconstructable(alignment),
+        instance,
+        run_config=run_config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
+        tags={"dagster/partition": constitution, PROCESS: _this_process()},
+        asset_selection=[dg.AssetKey(key.split("/")) for key in assets] if assets else None,
+    )
 
 
 def end_dead_runs(instance: dg.DagsterInstance) -> None:

@@ -43,16 +43,10 @@ for arguments in json.loads(sys.argv[1]):
 PARTIAL_RUN = """
 import json, sys
 import dagster as dg
-from dagster_project.demo import alignment
+from dagster_project.demo import run_alignment
 keys, run_config = json.loads(sys.argv[1])
 with dg.DagsterInstance.get() as instance:
-    result = dg.execute_job(
-        dg.reconstructable(alignment),
-        instance,
-        run_config=run_config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
-        tags={"dagster/partition": "general"},
-        asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
-    )
+    result = run_alignment(instance, "general", run_config, keys)
 sys.exit(0 if result.success else 1)
 """
 

@@ -165,11 +165,7 @@ def tracking(folder: Path) -> MlflowTracking:
 
 def attempts(folder: Path) -> list[Any]:
     found = tracking(folder)
-    return [
-        run
-        for run in found.client().search_runs([found.experiment_id])
-        if run.data.tags["alignment.level"] == "attempt"
-    ]
+    return [run for run in found.client().search_runs([found.experiment_id]) if run.data.tags["alignment.level"] == "attempt"]
 
 
 def test_a_violated_bound_fails_once_and_names_the_key(tmp_path, fresh_data):

@@ -97,9 +97,7 @@ def story(new_sandbox) -> SimpleNamespace:
         for job in (undisturbed, first):
             if job.process.poll() is None:
                 job.process.kill()
-    return SimpleNamespace(
-        calm=calm, disturbed=disturbed, first=first.text(), second=second.text(), sft_at=sft_at, dpo_at=dpo_at
-    )
+    return SimpleNamespace(calm=calm, disturbed=disturbed, first=first.text(), second=second.text(), sft_at=sft_at, dpo_at=dpo_at)
 
 
 def published(sandbox: Any, asset: str) -> tuple[Path, dict[str, Any]]:

@@ -23,7 +23,7 @@ def make_repository(root: Path, remote: str) -> Path:
 
     (root / "data").mkdir(parents=True)
     Repo.init(str(root), no_scm=True).close()
-    config = f'[core]\n    no_scm = true\n    analytics = false\n    remote = ours\n[\'remote "ours"\']\n    url = ../{remote}\n'
+    config = f"[core]\n    no_scm = true\n    analytics = false\n    remote = ours\n['remote \"ours\"']\n    url = ../{remote}\n"
     (root / ".dvc" / "config").write_text(config)
     for name, text in FILES.items():
         (root / "data" / name).write_text(text)
