@@ -49,6 +49,11 @@ class CritiqueConfig(Config):
 
     rounds: int = Field(2, ge=1, description="Critique-and-revise rounds per prompt, each with a principle of its own")
     max_prompts: int = Field(0, ge=0, description="Use only this many of the constitution's training prompts; 0: all")
+    prompt_tags: list[str] = Field(
+        [],
+        description="Only prompts that also carry one of these tags; empty: all of the constitution's. The paper criticises "
+        "answers to red-team prompts only: harmful-intent",
+    )
     answer: SamplingSettings = Field(
         SamplingSettings(temperature=1.0, max_new_tokens=128), description="How the initial answers are sampled"
     )

@@ -50,9 +50,11 @@ def constitutional_preference_pairs(
         def compute(work, log) -> Outcome:
             from alignment.models import load_causal_lm, load_reward_model, load_tokenizer
 
-            asked = [p for p in read_prompts(store.path(prompts) / "train.jsonl") if set(p.tags) & set(rules.prompt_tags)][
-                : settings.max_prompts or None
-            ]
+            asked = [
+                p
+                for p in read_prompts(store.path(prompts) / "train.jsonl")
+                if set(p.tags) & set(rules.prompt_tags) and (not settings.prompt_tags or set(p.tags) & set(settings.prompt_tags))
+            ][: settings.max_prompts or None]
             if not asked:
                 raise UserError(
                     f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {list(rules.prompt_tags)}. "
