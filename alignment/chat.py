@@ -63,30 +63,32 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
                 "the chat template renders the start of a conversation differently from the whole; assistant tokens "
                 "cannot be told apart. Remedy: set base_model.chat_template to a template that only appends."
             )
-        try:
-            end = ids.index(eos, start) + 1
-        except ValueError:
+        turn_end = len(_common_prefix(ids, _render(tokenizer, messages[: i + 1], generation_prompt=False)))
+        if eos not in ids[start:turn_end]:
             raise TemplateError(
                 f"the chat template does not end an assistant turn with EOS {tokenizer.eos_token!r}, so the model would "
                 "never learn to stop. Remedy: add eos_token to the template, or set the tokenizer's EOS to the token "
                 "that ends a turn."
-            ) from None
+            )
+        end = ids.index(eos, start) + 1
         labels[start:end] = ids[start:end]
     last = _last(ids, eos) + 1
     return Example(ids[:last], labels[:last])
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        _without_special_tokens(tokenizer, messages), tokenize=False, add_generation_prompt=generation_prompt
-    )
+    text = tokenizer.apply_chat_template(plain_text(tokenizer, messages), tokenize=False, add_generation_prompt=generation_prompt)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    # A text that spells a special token ("<|im_end|>") must not become one: it would end or open a turn. A zero-width
-    # space after its first character keeps it readable and makes it ordinary text.
-    specials = [t for t in tokenizer.all_special_tokens if len(t) > 1]
+def plain_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages whose texts spell no special token.
+
+    A text that spells one ("<|im_end|>") must not become one: it would end or open a turn. A zero-width space after its
+    first character keeps it readable and makes it ordinary text.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    specials = sorted((t for t in added | set(tokenizer.all_special_tokens) if len(t) > 1), key=len, reverse=True)
     out = []
     for message in messages:
         content = message["content"]

@@ -285,7 +285,7 @@ def _read_finished(path: Path) -> list[Revised]:
     if not path.exists():
         return []
     finished = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
         try:
             finished.append(Revised(**json.loads(line)))
         except ValueError:  # the line that a kill cut short; its prompt is simply done again

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from alignment.chat import IGNORE, training_example
-from alignment.cpu import speed_up
 from alignment.errors import UserError
 from alignment.fingerprint import layout
 from alignment.generation import Completion, SamplingSettings, generate
@@ -77,7 +76,6 @@ def evaluate_policy(
     """
     if not prompts:
         raise UserError("there are no held-out prompts for this constitution. Remedy: add prompts with its tags.")
-    speed_up()
     prompts = list(prompts)[: config.max_prompts or None]
     n = config.samples_per_prompt
     questions = [[{"role": "user", "content": p.prompt}] for p in prompts for _ in range(n)]

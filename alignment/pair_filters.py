@@ -83,7 +83,8 @@ _BOILERPLATE = re.compile(
 )
 _META = re.compile(
     r"\b(critique|the principle|this principle|revised? (response|answer|version)|no violations? found|"
-    r"(the|this|my|original|above) (assistant )?response (is|was|should|does|violates)|^\W*(human|assistant|revision)\s*:)",
+    r"(the|this|my|original|above) (assistant )?response (is|was|should|does|violates))\b"
+    r"|^\W*(human|assistant|revision)\W*:",
     re.IGNORECASE | re.MULTILINE,
 )
 

@@ -4,6 +4,7 @@ A candidate passes when the 95 % interval of its paired gain over the SFT checkp
 worse than its margin. A measurement that is missing fails its rule: what was not measured is not evidence.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pydantic import Field
@@ -99,7 +100,8 @@ def choose(candidates: Mapping[str, Mapping[str, float]], gate: GateConfig) -> t
         return None, verdicts
 
     def rank(name: str) -> tuple[bool, float]:
-        low = candidates[name].get("evaluator/gain_low", float("-inf"))
+        low = candidates[name].get("evaluator/gain_low", -math.inf)
+        low = -math.inf if math.isnan(low) else low
         return all(r.passed for r in verdicts[name]), low
 
     return max(sorted(verdicts), key=rank), verdicts

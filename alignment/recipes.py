@@ -9,6 +9,7 @@ aligned_policy/dpo:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,13 +83,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise RecipeError(f"{path}: no such recipe. Remedy: choose one of {known}, or write it.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path}: is not readable YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(v, dict) for k, v in values.items() if k != "extends"):
         raise RecipeError(f"{path}: must map each stage to a mapping of its settings")
     parent = values.pop("extends", None)
     if parent is None:
         return values
+    if not isinstance(parent, str) or not re.fullmatch(r"[\w-]+", parent):
+        raise RecipeError(f"{path}: key 'extends': {parent!r} is not the name of a recipe in the same folder")
     return _over(_read(path.with_name(f"{parent}.yaml"), (*seen, path)), values)
 
 

@@ -223,11 +223,12 @@ def _tokenise(tokenizer, pair: PreferencePair, max_length: int) -> dict[str, lis
 
 
 def _check_reload(config, base, out, tokenizer, pairs, trained) -> None:
-    # The same pairs in the same batch, so that nothing but the loading can differ.
+    # The same pairs in the same batch, so that nothing but the loading can differ; a head that is not in the files is drawn
+    # from another seed than the trained one was.
     if not pairs:
         return
     files = ModelFiles(base.base, out / "model") if config.finetuning == "lora" else ModelFiles(out / "model")
-    fresh = load_reward_model(files, config.load, tokenizer=tokenizer)
+    fresh = load_reward_model(files, config.load, tokenizer=tokenizer, seed=config.optim.seed + 1)
     expected, again = (
         [*chosen, *rejected]
         for chosen, rejected in (score_pairs(m, tokenizer, pairs, config.score_batch_size) for m in (trained, fresh))

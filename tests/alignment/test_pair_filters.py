@@ -83,7 +83,6 @@ def test_talk_about_the_exercise_in_its_usual_shapes(addition):
     assert reason(final=HEALTHY + addition) == "meta"
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=r"in _META `^\W*` stands after `\b` and can never match a non-word")
 @pytest.mark.parametrize("turn", ["\n**Human:** and then?", "\n  Assistant: Yes.", "\n- Assistant: Yes.", "\n> Human: a"])
 def test_turns_that_are_set_off_are_talk_about_the_exercise_too(turn):
     assert reason(final=HEALTHY + turn) == "meta"
