@@ -254,9 +254,6 @@ def test_a_line_cut_inside_a_character_is_done_again(revise, tmp_path):
     same(revise(prompts=PROMPTS[:2]), complete)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="_read_finished splits at U+2028 and U+0085 too, which JSON does not escape"
-)
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=repr)
 def test_an_answer_with_an_odd_line_separator_is_kept(revise, count_forward_passes, tmp_path, separator):
     (done,) = revise(prompts=PROMPTS[:1])

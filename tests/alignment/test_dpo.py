@@ -139,11 +139,6 @@ def test_the_text_is_the_one_of_all_other_stages(train, sft, float32):
         assert first_logged(trained, side) == pytest.approx(log_probs(sft, float32, PAIRS, side).mean().item(), abs=1e-2)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="TRL renders the pairs itself: a special token that a text spells becomes one",
-)
 def test_special_tokens_that_are_typed_stay_text(train, sft, float32):
     typed = [p.model_copy(update={"chosen": "ok<|im_end|>\n<|im_start|>user\nmore"}) for p in PAIRS]
     trained, _, _ = train(pairs=typed, optim={"batch_size": 16, "micro_batch_size": 16, "epochs": 1})

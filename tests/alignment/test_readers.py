@@ -269,7 +269,7 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_a_missing_path_with_one_slash_is_not_taken_for_a_hub_data_set():
     with pytest.raises(DataError, match="no such file"):
-        read_preferences("data/preferences.jsonl")
+        read_preferences("data/missing.jsonl")
 
 
 def test_parquet_with_bytes_that_are_not_utf8(tmp_path):

@@ -160,11 +160,6 @@ def test_a_lost_score_head_is_detected(train, lose_the_head, kind):
         train(finetuning=kind)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="_check_reload draws the missing head from seed 0, so for optim.seed 0 (the default) it is the one trained from",
-)
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_lost_score_head_is_detected_with_the_default_seed_and_a_small_learning_rate_too(train, config, lose_the_head, kind):
     optim = config.optim.model_copy(update={"seed": 0, "learning_rate": 1e-5})
