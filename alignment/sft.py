@@ -28,7 +28,7 @@ from alignment.models import (
 )
 from alignment.progress import SILENT, Log
 from alignment.records import Conversation
-from alignment.training import OptimSettings, Trained, run_trainer, trainer_arguments
+from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
 
 CODE_VERSION = "1"
 
@@ -82,9 +82,15 @@ def train_sft(
         load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates; autocast computes in bf16
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_causal_lm(base, load, trainable=config.finetuning == "full")
-    trainer = SFTTrainer(
+    lengths = [len(row["input_ids"]) for row in rows]
+
+    class LengthGroupedSftTrainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return length_grouped(lengths, config.optim.batch_size, config.optim.seed)
+
+    trainer = LengthGroupedSftTrainer(
         model=model,
-        args=TrlConfig(**arguments, train_sampling_strategy="group_by_length"),
+        args=TrlConfig(**arguments),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(held) if held else None,
         peft_config=lora_config(config.lora, model, "CAUSAL_LM") if config.finetuning == "lora" else None,

@@ -7,7 +7,7 @@ schedule, random states and data position, and a checkpoint that a kill cut shor
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,6 +101,24 @@ def trainer_arguments(optim: OptimSettings, *, work: Path, dtype: Any, max_lengt
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
     }
+
+
+def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> Any:
+    """A sampler that batches rows of similar length, in an order that epoch and seed alone decide.
+
+    transformers' own takes its order from the global random state, which a resumed run restores too late: from the second
+    epoch on it would see other batches.
+    """
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    class PerEpoch(LengthGroupedSampler):
+        def set_epoch(self, epoch: int) -> None:
+            self.generator.manual_seed(seed + 1_000_003 * epoch)
+
+    sampler = PerEpoch(batch_size, lengths=list(lengths), generator=torch.Generator())
+    sampler.set_epoch(0)
+    return sampler
 
 
 def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:

@@ -30,7 +30,7 @@ def pinned_md5(pointer: Path) -> str:
         return outs[0]["md5"].removesuffix(".dir")
     except FileNotFoundError:
         raise DataVersionError(f"{pointer}: is missing. Remedy: `dvc add data`, or check it out of git.") from None
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataVersionError(f"{pointer}: is not a DVC pointer file ({error}). Remedy: `dvc add data`.") from error
 
 
@@ -99,6 +99,6 @@ class DvcData(dg.ConfigurableResource):
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock), Repo(self.root) as repo:
-                repo.pull(targets=["data.dvc"])
+                repo.pull(targets=[str(self.pointer)])
         except DvcException as error:
             raise DataVersionError(f"data/ could not be pulled from the DVC remote: {error}. Remedy: `dvc pull -v`.") from error

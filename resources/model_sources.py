@@ -58,7 +58,11 @@ def resolve_source(config: BaseModelConfig) -> ResolvedSource:
     Raises:
         ModelSourceError: no such model, folder or package.
     """
-    return {"hub": _hub, "local": _local, "wheel": _wheel, "tiny": _tiny}[config.source](config)
+    source = {"hub": _hub, "local": _local, "wheel": _wheel, "tiny": _tiny}[config.source](config)
+    if not config.chat_template:
+        return source
+    digest = hashlib.sha256(_template(config).encode()).hexdigest()
+    return ResolvedSource(f"{source.identity}+template:{digest}", source.fetch)
 
 
 def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, log: Log) -> dict[str, float]:
@@ -74,11 +78,12 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
         )
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
     if config.chat_template:
-        path = Path(config.chat_template)
-        if not path.is_file():
-            raise ModelSourceError(f"base_model.chat_template: {path} does not exist. Remedy: correct the path.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = _template(config)
     if config.pad_token:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ModelSourceError(
+                f"base_model.pad_token: {config.pad_token!r} is not in the model's vocabulary. Remedy: name a token that is."
+            )
         tokenizer.pad_token = config.pad_token
     elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         known = [t for t in ("<|endoftext|>", "<pad>", "<unk>") if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
@@ -104,6 +109,13 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
     return {"parameters": float(sum(p.numel() for p in model.parameters())), "size_mb": size / 1e6}
 
 
+def _template(config: BaseModelConfig) -> str:
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise ModelSourceError(f"base_model.chat_template: {path} does not exist. Remedy: correct the path.")
+    return path.read_text(encoding="utf-8")
+
+
 def _hub(config: BaseModelConfig) -> ResolvedSource:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -127,7 +139,7 @@ def _hub(config: BaseModelConfig) -> ResolvedSource:
     def fetch(folder: Path, log: Log) -> None:
         log.say(f"downloading {config.name} at {commit}")
         snapshot = Path(snapshot_download(config.name, revision=commit, allow_patterns=patterns))
-        _copy(snapshot, folder)
+        _copy(snapshot, folder, link=True)
 
     return ResolvedSource(f"hub:{config.name}@{commit}", fetch)
 
@@ -190,13 +202,14 @@ def _tiny(config: BaseModelConfig) -> ResolvedSource:
     return ResolvedSource(f"tiny:{config.seed}", fetch)
 
 
-def _copy(source: Path, target: Path) -> None:
-    # Weights are hard-linked where the file system allows it: a copy of 16 GB takes minutes and disk for nothing.
+def _copy(source: Path, target: Path, *, link: bool = False) -> None:
+    # Weights from the Hub's cache, which never changes, are hard-linked: a copy of 16 GB takes minutes and disk for nothing.
+    # A user's own folder is copied, since overwriting it must not reach the artifact.
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if not path.is_file():
             continue
-        if path.suffix == ".safetensors":
+        if link and path.suffix == ".safetensors":
             try:
                 os.link(path.resolve(), target / path.name)
                 continue

@@ -6,6 +6,7 @@ parent's status follows from the latest attempt at each asset. Everything goes t
 global active run: several steps may share a process, and third-party callbacks must not find a run to write into.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,8 +89,8 @@ class Attempt:
                     name=d.name,
                     digest=f"dvc-{d.md5}",
                     source_type="dvc",
-                    source=f'{{"path": "{d.source}"}}',
-                    profile=f'{{"num_rows": {d.rows}}}',
+                    source=json.dumps({"path": d.source}),
+                    profile=json.dumps({"num_rows": d.rows}),
                 ),
                 [InputTag("mlflow.data.context", d.context)],
             )

@@ -154,12 +154,6 @@ def uninterrupted(request, train):
         pytest.param(
             7,
             id="in the second epoch",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="group_by_length shuffles with the global random state, which is restored only after the shuffle: "
-                "the resumed epoch replays some rows and skips others",
-            ),
         ),
     ],
 )

@@ -75,7 +75,6 @@ def test_missing_data_is_pulled_from_the_embedded_remote(root):
     assert_pinned(root, list(FILES))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the target is relative to the working directory (resources/dvc_data.py, _pull)")
 def test_missing_data_is_pulled_whatever_folder_the_process_works_in(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # `dagster dev -w /path/to/workspace.yaml` from anywhere
     forget(root / "data")
@@ -201,11 +200,6 @@ BROKEN_POINTERS = {
         pytest.param(
             content,
             id=name,
-            marks=pytest.mark.xfail(
-                name == "not utf-8",
-                strict=True,
-                reason="bug: UnicodeDecodeError is not caught (resources/dvc_data.py, pinned_md5)",
-            ),
         )
         for name, content in BROKEN_POINTERS.items()
     ],

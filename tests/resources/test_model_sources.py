@@ -105,7 +105,6 @@ def test_moving_the_folder_recomputes_nothing(model, tmp_path):
     assert _fingerprint(local(moved)) == _fingerprint(local(model))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the template's text is not in the identity (resources/model_sources.py)")
 def test_editing_the_chat_template_changes_the_fingerprint(model, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[0].content }}")
@@ -114,7 +113,6 @@ def test_editing_the_chat_template_changes_the_fingerprint(model, tmp_path):
     assert _fingerprint(local(model, chat_template=str(template))) != before
 
 
-@pytest.mark.xfail(strict=True, reason="bug: weights of a user's folder are hard-linked (resources/model_sources.py, _copy)")
 def test_overwriting_the_source_does_not_reach_the_copy(model, tmp_path):
     fetch(local(model), tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -214,7 +212,6 @@ def test_naming_eos_as_pad_token_is_refused(model, tmp_path):
         fetch(local(model, pad_token="<|im_end|>"), tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the id lies outside the embedding (resources/model_sources.py, fetch_model)")
 def test_naming_a_pad_token_that_the_model_does_not_know_is_refused(model, tmp_path):
     with pytest.raises(UserError, match="Remedy"):
         fetch(local(model, pad_token="<|no_such_token|>"), tmp_path / "out")

@@ -218,7 +218,6 @@ def test_data_sets_carry_the_md5_that_dvc_knows_them_by(tracking):
     assert [(t.key, t.value) for t in logged.tags] == [("mlflow.data.context", "training")]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the source is not escaped (resources/tracking.py, Attempt.inputs)")
 def test_a_data_set_whose_path_needs_escaping_has_a_source_that_is_json(tracking):
     with tracking.attempt(step("sft_dataset"), {}) as attempt:
         attempt.inputs([DataInput("odd", 'C:\\data\\my "best" rows.jsonl', "0" * 32, 1)])
