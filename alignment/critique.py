@@ -69,7 +69,9 @@ class CritiqueConfig(Config):
         le=1,
         description="The critic finds nothing when the probability that it says so is at least this; 1: always revise",
     )
-    candidates: int = Field(1, ge=1, description="Revisions sampled per critique; the judge picks the best")
+    candidates: int = Field(
+        1, ge=1, description="Revisions sampled per critique; of those the filters let through, the judge picks the best"
+    )
     filters: FilterSettings = Field(FilterSettings(), description="Which revisions are worth training on")
     load: LoadSettings = Field(LoadSettings(), description="How critic and judge are loaded")
     score_batch_size: int = Field(64, ge=1, **layout("Answers the judge scores at once"))
@@ -95,6 +97,7 @@ class Revised(Record):
 
     id: str
     prompt: str
+    tags: tuple[str, ...] = ()
     initial: str
     revisions: tuple[Round, ...]
     final: str
@@ -143,7 +146,7 @@ def preference_pairs(
     pairs, reasons = [], Counter()
     for r in revised:
         gain = r.reward_final - r.reward_initial
-        reason = reject_reason(r.prompt, r.initial, r.final, r.truncated, gain, filters)
+        reason = reject_reason(r.prompt, r.initial, r.final, r.truncated, gain, filters, r.tags)
         if reason is None:
             pairs.append(
                 PreferencePair(
@@ -212,6 +215,7 @@ def _revise_chunk(model, judge, tokenizer, prompts, constitution, config, log) -
     truncated = [not c.ended for c in initial]
     reward_initial = rewards(everyone, current)
     reward_final = list(reward_initial)
+    anything_better = config.filters.model_copy(update={"min_reward_gain": -math.inf})
     rounds: list[list[Round]] = [[] for _ in prompts]
     for k in range(len(principles[0])):
         faulty = list(everyone)
@@ -244,14 +248,17 @@ def _revise_chunk(model, judge, tokenizer, prompts, constitution, config, log) -
             what="revisions",
         )
         scores = rewards([i for i, _, _ in sampled], [r.text for r in revisions])
-        best: dict[int, tuple[float, Completion]] = {}
+        best: dict[int, tuple[bool, float, Completion]] = {}
         for (i, _, _), revision, reward in zip(sampled, revisions, scores, strict=True):
-            if i not in best or reward > best[i][0]:
-                best[i] = (reward, revision)
+            reason = reject_reason(
+                prompts[i].prompt, current[i], revision.text, not revision.ended, reward, anything_better, prompts[i].tags
+            )
+            if i not in best or (reason is None, reward) > best[i][:2]:
+                best[i] = (reason is None, reward, revision)
         said = {i: c.text for i, c in zip(faulty, critiques, strict=True)}
         for i in everyone:
             if i in best:
-                reward_final[i], revision = best[i]
+                _, reward_final[i], revision = best[i]
                 current[i], truncated[i] = revision.text, truncated[i] or not revision.ended
             rounds[i].append(
                 Round(
@@ -265,6 +272,7 @@ def _revise_chunk(model, judge, tokenizer, prompts, constitution, config, log) -
         Revised(
             id=p.id,
             prompt=p.prompt,
+            tags=p.tags,
             initial=initial[i].text,
             revisions=tuple(rounds[i]),
             final=current[i],

@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field
 from alignment.critique import critique_conversation
 from alignment.models import Config
 from alignment.readers import DataError, deduplicate, read_conversations, read_critiques, read_preferences, read_prompts
-from alignment.splits import position, split_of
+from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair
+from alignment.splits import normalise, position, split_of
 
 CODE_VERSION = "1"
 
@@ -37,6 +38,10 @@ class HumanPreferencesConfig(Config):
     """Human comparisons for reward model and evaluator."""
 
     preferences: list[str] = Field(["data/preferences.jsonl"], description="Files or Hub data-set ids")
+    critiques: list[str] = Field(
+        ["data/critiques.jsonl"],
+        description="Worked critiques: a person's revision is preferred to the answer it mends; may be empty",
+    )
     heldout_fraction: float = Field(0.25, gt=0, lt=1, description="Share of prompts held out")
     evaluator_share: float = Field(
         0.5,
@@ -57,7 +62,8 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     """Write `train.jsonl` and `heldout.jsonl` (conversations). `sources` maps a configured name to what is to be read.
 
     A worked critique is on the side of the prompt it criticises an answer to; held-out critiques are left out, so that
-    `heldout.jsonl` holds plain demonstrations only.
+    `heldout.jsonl` holds plain demonstrations only. An answer in which a worked critique finds nothing is a demonstration,
+    too: a person wrote it to be right.
     """
     demonstrations, twice = _read(read_conversations, config.demonstrations, sources, lambda c: c.prompt)
     critiques, twice_critiques = _read(read_critiques, config.critiques, sources, lambda c: f"{c.prompt} {c.principle}")
@@ -65,11 +71,14 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     heldout = [c for c in demonstrations if split_of(c.prompt, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
     _need(train, "training conversation", config.demonstrations)
-    write_jsonl(out / "train.jsonl", [*train, *map(critique_conversation, taught)])
+    shown = {normalise(c.prompt) for c in train}
+    approved = [c for c in map(approved_answer, taught) if c is not None and normalise(c.prompt) not in shown]
+    write_jsonl(out / "train.jsonl", [*train, *approved, *map(critique_conversation, taught)])
     write_jsonl(out / "heldout.jsonl", heldout)
     return {
-        "rows/train": len(train) + len(taught),
+        "rows/train": len(train) + len(approved) + len(taught),
         "rows/train_demonstrations": len(train),
+        "rows/train_approved_answers": len(approved),
         "rows/train_critiques": len(taught),
         "rows/heldout": len(heldout),
         "rows/duplicates_removed": twice + twice_critiques,
@@ -77,8 +86,14 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
 
 
 def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
-    """Write `reward_train.jsonl`, `evaluator_train.jsonl` and `heldout.jsonl` (pairs), disjoint by prompt."""
+    """Write `reward_train.jsonl`, `evaluator_train.jsonl` and `heldout.jsonl` (pairs), disjoint by prompt.
+
+    Comparisons come from two places: preferences, and worked critiques, whose revision a person wrote to be better than the
+    answer. The latter are what teaches a scorer that declining well beats complying.
+    """
     pairs, twice = _read(read_preferences, config.preferences, sources, lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
+    worked, twice_critiques = _read(read_critiques, config.critiques, sources, lambda c: f"{c.prompt} {c.principle}")
+    pairs += [revision_preferred(c) for c in worked if c.revision is not None]
     parts: dict[str, list] = {"reward_train": [], "evaluator_train": [], "heldout": []}
     for pair in pairs:
         if split_of(pair.prompt, config.heldout_fraction) == "heldout":
@@ -92,7 +107,32 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
         write_jsonl(out / f"{name}.jsonl", rows)
     longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
     counts = {f"rows/{name}": float(len(rows)) for name, rows in parts.items()}
-    return {**counts, "rows/duplicates_removed": twice, "share_chosen_longer": longer}
+    return {
+        **counts,
+        "rows/from_critiques": sum(p.source == "critique" for p in pairs),
+        "rows/duplicates_removed": twice + twice_critiques,
+        "share_chosen_longer": longer,
+    }
+
+
+def approved_answer(critique: CritiqueDemonstration) -> Conversation | None:
+    """The demonstration in a worked critique that finds nothing: its prompt and its answer. None where it finds something."""
+    if critique.revision is not None:
+        return None
+    turns = (Message(role="user", content=critique.prompt), Message(role="assistant", content=critique.response))
+    return Conversation(id=f"{critique.id}-approved", messages=turns, category="approved")
+
+
+def revision_preferred(critique: CritiqueDemonstration) -> PreferencePair:
+    """The comparison that a worked critique with a revision implies: the revision over the answer it mends."""
+    return PreferencePair(
+        id=critique.id,
+        prompt=critique.prompt,
+        chosen=critique.revision,
+        rejected=critique.response,
+        domain=critique.constitution,
+        source="critique",
+    )
 
 
 def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> dict[str, float]:

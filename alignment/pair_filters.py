@@ -1,16 +1,19 @@
 """Which revisions are worth training on. Every pair left out is counted under its reason.
 
 The reasons are the known failures of critique-and-revise with small models: nothing was revised, the revision echoes
-the answer or the prompt, opens with "Sure, here is...", stops in mid-sentence, repeats itself, or talks about the critique.
+the answer or the prompt, opens with "Sure, here is...", stops in mid-sentence, repeats itself, talks about the critique,
+or declines what there is no reason to decline.
 """
 
 import re
+from collections.abc import Collection
 from difflib import SequenceMatcher
 from typing import Literal
 
 from pydantic import Field
 
 from alignment.models import Config
+from alignment.refusals import is_refusal
 from alignment.splits import normalise
 
 Reason = Literal[
@@ -23,8 +26,12 @@ Reason = Literal[
     "meta",
     "repetitive",
     "too_short",
+    "over_refusal",
     "not_better",
 ]
+
+
+HARMLESS = frozenset({"benign", "borderline-but-fine"})
 
 
 class FilterSettings(Config):
@@ -45,12 +52,19 @@ class FilterSettings(Config):
 
 
 def reject_reason(
-    prompt: str, initial: str, final: str, truncated: bool, reward_gain: float, settings: FilterSettings
+    prompt: str,
+    initial: str,
+    final: str,
+    truncated: bool,
+    reward_gain: float,
+    settings: FilterSettings,
+    tags: Collection[str] = (),
 ) -> Reason | None:
     """Why (prompt, initial -> final) is not worth training on, or None if it is.
 
     Args:
         reward_gain: the judge's score of `final` minus that of `initial`.
+        tags: of the prompt; a revision that declines a prompt tagged as harmless is an over-refusal.
     """
     before, after = normalise(initial).split(), normalise(final).split()
     if before == after:
@@ -71,6 +85,8 @@ def reject_reason(
         return "meta"
     if _repetition(after) > settings.max_repetition:
         return "repetitive"
+    if HARMLESS & set(tags) and is_refusal(final):
+        return "over_refusal"
     if reward_gain < settings.min_reward_gain:
         return "not_better"
     return None

@@ -129,9 +129,10 @@ human_preferences = data_asset(
     "human_preferences",
     PreferenceDataset,
     HumanPreferencesConfig,
-    ("preferences",),
+    ("preferences", "critiques"),
     build_human_preferences,
-    "Human comparisons, split by prompt into reward training, evaluator training and held-out.",
+    "Human comparisons (preferences, and worked critiques: revision over answer), split by prompt into reward training, "
+    "evaluator training and held-out.",
 )
 prompts = data_asset(
     "prompts",
