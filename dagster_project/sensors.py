@@ -31,9 +31,7 @@ def new_data(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipRe
     before, _, changes = (context.cursor or "").partition("/")
     if before == md5:
         return dg.SkipReason(f"data.dvc still pins {md5}")
-    seen = dg.AssetMaterialization(
-        asset_key=DATA, metadata={"md5": md5, "before": before}, tags={"dagster/data_version": md5}
-    )
+    seen = dg.AssetMaterialization(asset_key=DATA, metadata={"md5": md5, "before": before}, tags={"dagster/data_version": md5})
     if not before:
         return dg.SensorResult(cursor=md5, asset_events=[seen])
     cursor = f"{md5}/{int(changes or 0) + 1}"
