@@ -31,7 +31,7 @@ from alignment.statistics import paired_bootstrap
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class ReportConfig(Config):

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 class Handle(BaseModel):
     """Base of all handles."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # NaN is written as NaN: a metric that does not exist, such as a mean over nothing, must come back as it went.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     asset: str = Field(description="Asset key, slashes between parts")
     fingerprint: str = Field(description="sha256 of everything that decided the content")

@@ -2,6 +2,7 @@
 recipe's values as defaults, so that the launchpad opens with what the recipe says.
 
 Bounds are left out here and checked when the step starts: Dagster would treat a violated bound as a crash and retry it.
+Null is let through for the same reason: Dagster's schema allows it wherever there is a default.
 """
 
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,7 +15,7 @@ from alignment.models import Config
 
 def launch_config(stage: str, config: Config) -> type[dg.Config]:
     """The run-config class of a stage; `config` holds the recipe's values. Adds the key `force`."""
-    force = (bool, Field(False, description="Compute anew although nothing has changed"))
+    force = (bool | None, Field(False, description="Compute anew although nothing has changed"))
     return _convert(f"{stage.replace('/', '_')}_config", config, {"force": force})
 
 
@@ -26,16 +27,19 @@ def _convert(name: str, config: BaseModel, extra: dict[str, Any]) -> type[dg.Con
             nested = _convert(f"{name}_{key}", value, {})
             fields[key] = (nested, Field(default=nested(), description=info.description))
         else:
-            fields[key] = (_plain(info.annotation), Field(default=value, description=info.description))
+            fields[key] = (_nullable(info.annotation), Field(default=value, description=info.description))
     model: type[dg.Config] = create_model(name, __base__=dg.Config, **fields, **extra)
     model.__doc__ = type(config).__doc__
     return model
 
 
+def _nullable(annotation: Any) -> Any:
+    # Dagster shows a choice as such only when it is not optional, and refuses null for it.
+    return annotation if get_origin(annotation) is Literal else _plain(annotation) | None
+
+
 def _plain(annotation: Any) -> Any:
     origin = get_origin(annotation)
-    if origin is Literal:
-        return annotation
     if origin in (list, dict, tuple, Union):
         return origin[tuple(_plain(a) for a in get_args(annotation))]
     return annotation

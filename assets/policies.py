@@ -1,5 +1,7 @@
 """`aligned_policy/<method>[c]` and `policy_report/<method>[c]`, generated from the table of methods."""
 
+import json
+
 import dagster as dg
 
 from alignment.evaluation import CODE_VERSION as REPORT_VERSION
@@ -116,6 +118,10 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
                     log=log,
                 )
                 metrics["seconds_to_train"] = store.record(policy.asset, policy.fingerprint).seconds
+                report = {"method": name, "policy": policy.fingerprint, "metrics": metrics}
+                (work.out / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in table]
+                (work.out / "generations.jsonl").write_text("".join(lines), encoding="utf-8")
                 return Outcome(
                     metrics=metrics,
                     tables={"generations": table},

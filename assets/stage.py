@@ -85,12 +85,14 @@ def materialize(
     """
     begun = time.monotonic()
     asset = context.asset_key.to_user_string()
-    partition = context.partition_key if context.has_partition_key else None
+    step = _step_info(context, asset)
+    tags = {"alignment.stage": asset.split("/")[0], "git.commit": git_commit() or "", "dvc.md5": ""}
     try:
         with user_errors():
+            tags["dvc.md5"] = tools.dvc.md5()
             built = stage()
     except dg.Failure as failure:
-        with tools.tracking.attempt(_step_info(context, asset, partition), {"alignment.stage": asset}) as attempt:
+        with tools.tracking.attempt(step, tags) as attempt:
             attempt.tags({"alignment.error": str(failure.description)[:4000]})
             raise
     inputs = {name: handle.fingerprint for name, handle in built.inputs.items()} | dict(built.versions)
@@ -101,13 +103,8 @@ def materialize(
         inputs=inputs,
         constitution=built.constitution.text if built.constitution else None,
     )
-    tags = {
-        "alignment.fingerprint": digest,
-        "alignment.stage": asset.split("/")[0],
-        "dvc.md5": tools.dvc.md5(),
-        "git.commit": git_commit() or "",
-    }
-    with tools.tracking.attempt(_step_info(context, asset, partition), tags) as attempt, user_errors(attempt):
+    tags["alignment.fingerprint"] = digest
+    with tools.tracking.attempt(step, tags) as attempt, user_errors(attempt):
         attempt.params(built.config.model_dump(mode="json"))
         attempt.inputs(built.data)
         if force:
@@ -126,7 +123,8 @@ def materialize(
                 handle = built.kind(
                     asset=asset,
                     fingerprint=digest,
-                    partition=partition,
+                    # A run has a partition even where its asset has none.
+                    partition=step.partition if context.assets_def.partitions_def else None,
                     mlflow_run_id=attempt.run_id,
                     metrics={k: float(v) for k, v in outcome.metrics.items()},
                     facts=dict(outcome.facts),
@@ -142,7 +140,7 @@ def materialize(
                         files=file_hashes(work.out),
                         versions=library_versions(),
                         git_commit=git_commit(),
-                        dvc_md5=tools.dvc.md5(),
+                        dvc_md5=tags["dvc.md5"],
                         mlflow_run_id=attempt.run_id,
                         dagster_run_id=context.run_id,
                         seconds=round(time.monotonic() - begun, 2),
@@ -221,7 +219,7 @@ def peak_memory_gb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
-def _step_info(context: dg.AssetExecutionContext, asset: str, partition: str | None) -> StepInfo:
+def _step_info(context: dg.AssetExecutionContext, asset: str) -> StepInfo:
     run = context.run
     ui = os.environ.get("DAGSTER_UI_URL", "http://127.0.0.1:3000")
     return StepInfo(
@@ -229,7 +227,7 @@ def _step_info(context: dg.AssetExecutionContext, asset: str, partition: str | N
         root_run_id=run.root_run_id or run.run_id,
         job=run.job_name,
         asset=asset,
-        partition=partition,
+        partition=context.partition_key if context.has_partition_key else None,
         retry_number=context.retry_number,
         run_url=f"{ui}/runs/{run.run_id}",
     )

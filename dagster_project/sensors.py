@@ -17,23 +17,26 @@ from resources.paths import data_root
     "look only remembers the version.",
 )
 def new_data(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    """Compare the pinned md5 with the one seen last; on a change, request runs and record it on the asset `data`."""
+    """Compare the pinned md5 with the one seen last; on a change, request runs and record it on the asset `data`.
+
+    The cursor is `<md5>/<number of changes seen>`, or the md5 alone before the first. Dagster drops a request whose run key
+    it has seen, so the key counts changes: a version that comes back is new. It hangs on nothing but cursor and pointer, so
+    that a look repeated before its cursor was saved asks for the same runs.
+    """
     pointer = data_root() / "data.dvc"
     try:
         md5 = pinned_md5(pointer)
     except DataVersionError as error:
         return dg.SkipReason(str(error))
-    if context.cursor == md5:
+    before, _, changes = (context.cursor or "").partition("/")
+    if before == md5:
         return dg.SkipReason(f"data.dvc still pins {md5}")
-    seen = dg.AssetMaterialization(
-        asset_key=DATA, metadata={"md5": md5, "before": context.cursor or ""}, tags={"dagster/data_version": md5}
-    )
-    requests = (
-        [
-            dg.RunRequest(run_key=f"{md5}/{c}", partition_key=c, tags={"trigger": "data", "dvc.md5": md5})
-            for c in PARTITIONS.get_partition_keys()
-        ]
-        if context.cursor
-        else []
-    )
-    return dg.SensorResult(run_requests=requests, cursor=md5, asset_events=[seen])
+    seen = dg.AssetMaterialization(asset_key=DATA, metadata={"md5": md5, "before": before}, tags={"dagster/data_version": md5})
+    if not before:
+        return dg.SensorResult(cursor=md5, asset_events=[seen])
+    cursor = f"{md5}/{int(changes or 0) + 1}"
+    requests = [
+        dg.RunRequest(run_key=f"{cursor}/{c}", partition_key=c, tags={"trigger": "data", "dvc.md5": md5})
+        for c in PARTITIONS.get_partition_keys()
+    ]
+    return dg.SensorResult(run_requests=requests, cursor=cursor, asset_events=[seen])

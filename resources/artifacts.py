@@ -18,7 +18,7 @@ from typing import Any
 
 import dagster as dg
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from alignment.handles import AnyHandle, Checkpoint, Handle, RewardModel, parse_handle
 from alignment.models import ModelFiles
@@ -27,7 +27,7 @@ from alignment.models import ModelFiles
 class ArtifactRecord(BaseModel):
     """What lies beside every artifact as `artifact.json`: enough to say where it came from and that it is whole."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     handle: dict[str, Any]
     config: dict[str, Any]
@@ -96,31 +96,33 @@ class ArtifactStore(dg.ConfigurableResource):
             CorruptArtifact: the record is unreadable, or a file is missing or has another size than when published.
         """
         record = self.record(asset, fingerprint)
-        return None if record is None else parse_handle(json.dumps(record.handle))
+        if record is None:
+            return None
+        try:
+            return parse_handle(json.dumps(record.handle))
+        except ValidationError as error:
+            raise self._corrupt(asset, fingerprint, f"the handle in it cannot be read ({error})") from error
 
     def record(self, asset: str, fingerprint: str) -> ArtifactRecord | None:
         """The record of a published artifact, or None. Raises like `find`."""
         folder = self._folder(asset, fingerprint)
         if not folder.exists():
             return None
-        remedy = f"Remedy: delete {folder} and materialize {asset} again."
         try:
             record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CorruptArtifact(f"{folder / 'artifact.json'}: unreadable ({error}). {remedy}") from error
+            raise self._corrupt(asset, fingerprint, f"unreadable ({error})") from error
         for name, digest in record.files.items():
             size = int(digest.split(":")[1])
             path = folder / name
             if not path.exists() or path.stat().st_size != size:
-                raise CorruptArtifact(f"{path}: missing, or not the {size} bytes that were published. {remedy}")
+                raise self._corrupt(asset, fingerprint, f"missing, or not the {size} bytes that were published", name)
         return record
 
     @contextmanager
     def building(self, asset: str, fingerprint: str) -> Iterator[Work | None]:
         """A work folder for this artifact, or None if somebody else published it while we waited for the lock."""
-        lock = self._root / ".locks" / f"{asset.replace('/', '_')}-{fingerprint[:16]}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with self._lock(asset, fingerprint):
             target = self._folder(asset, fingerprint)
             if target.exists():
                 yield None
@@ -128,14 +130,27 @@ class ArtifactStore(dg.ConfigurableResource):
                 yield Work(self._root / ".work" / asset / fingerprint, target)
 
     def discard(self, asset: str, fingerprint: str) -> None:
-        """Take an artifact out of the store so that it is computed anew (`force: true`); it is moved aside, not lost."""
+        """Take an artifact out of the store so that it is computed anew (`force: true`); it is moved aside, not lost.
+
+        Waits for whoever is building it.
+        """
         folder = self._folder(asset, fingerprint)
-        if folder.exists():
-            aside = self._root / ".replaced" / asset / fingerprint
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(folder, aside)
-        shutil.rmtree(self._root / ".work" / asset / fingerprint, ignore_errors=True)
+        with self._lock(asset, fingerprint):
+            if folder.exists():
+                aside = self._root / ".replaced" / asset / fingerprint
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(folder, aside)
+            shutil.rmtree(self._root / ".work" / asset / fingerprint, ignore_errors=True)
+
+    def _lock(self, asset: str, fingerprint: str) -> FileLock:
+        path = self._root / ".locks" / f"{asset.replace('/', '_')}-{fingerprint[:16]}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    def _corrupt(self, asset: str, fingerprint: str, what: str, file: str = "artifact.json") -> CorruptArtifact:
+        folder = self._folder(asset, fingerprint)
+        return CorruptArtifact(f"{folder / file}: {what}. Remedy: delete {folder} and materialize {asset} again.")
 
     def _folder(self, asset: str, fingerprint: str) -> Path:
         return self._root / asset / fingerprint

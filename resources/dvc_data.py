@@ -6,6 +6,7 @@ asset depends on the files it reads and not on its neighbours.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -81,15 +82,26 @@ class DvcData(dg.ConfigurableResource):
         md5 = self.md5()
         relative = Path("files", "md5", md5[:2], f"{md5[2:]}.dir")
         for _ in range(2):
-            for store in (Path(self.root) / ".dvc" / "cache", *self._remotes()):
+            for store in self._stores():
                 if (store / relative).exists():
                     rows = json.loads((store / relative).read_text(encoding="utf-8"))
                     return {row["relpath"]: row["md5"] for row in rows}
             self._pull()
         raise DataVersionError(f"the manifest of data version {md5} is in no cache or remote. Remedy: `dvc pull`.")
 
-    def _remotes(self) -> list[Path]:
-        return [p for p in [Path(self.root) / "dvc_store"] if p.exists()]
+    def _stores(self) -> Iterator[Path]:
+        yield Path(self.root) / ".dvc" / "cache"
+        yield Path(self.root) / "dvc_store"
+        # Only DVC knows all places where `cache dir` may be set; importing it takes seconds, so it is asked last.
+        from dvc.exceptions import DvcException
+        from dvc.repo import Repo
+
+        try:
+            with Repo(self.root) as repo:
+                configured = Path(repo.cache.local_cache_dir)
+        except DvcException as error:
+            raise DataVersionError(f"{self.root}: is no usable DVC repository: {error}. Remedy: `dvc doctor`.") from error
+        yield configured
 
     def _pull(self) -> None:
         from dvc.exceptions import DvcException

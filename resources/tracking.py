@@ -2,13 +2,16 @@
 
 The parent is looked up by the tag `dagster.root_run_id` (so that a re-execution joins the run it repeats) under a file
 lock, and created if absent. A new child per attempt, since MLflow's parameters are immutable; when a child ends, the
-parent's status follows from the latest attempt at each asset. Everything goes through MlflowClient, never through the
-global active run: several steps may share a process, and third-party callbacks must not find a run to write into.
+parent's status follows from the latest attempt at each asset. An attempt holds a lock of its own for as long as its
+process lives; the next attempt at the same asset, in whatever run, finds the locks of the dead free and closes their runs.
+Everything goes through MlflowClient, never through the global active run: several steps may share a process, and
+third-party callbacks must not find a run to write into.
 """
 
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import PrivateAttr
 
 EXPERIMENT = "alignment"
 ROOT_RUN = "dagster.root_run_id"
 LEVEL = "alignment.level"
+ALIVE = "alignment.lock"
 
 
 @dataclass(frozen=True)
@@ -128,34 +132,37 @@ class MlflowTracking(dg.ConfigurableResource):
     @contextmanager
     def attempt(self, info: StepInfo, tags: Mapping[str, str]) -> Iterator[Attempt]:
         """A child run for one attempt at an asset; FAILED if the block raises, FINISHED otherwise."""
-        client = self.client()
-        with self._lock():
-            parent = self._parent(info)
-            self._close_killed_attempts(parent, info)
-            child = client.create_run(
-                self._experiment_id,
-                run_name=f"{info.asset}[{info.partition}]" if info.partition else info.asset,
-                tags={
-                    "mlflow.parentRunId": parent,
-                    "mlflow.source.name": info.job,
-                    "mlflow.source.type": "JOB",
-                    LEVEL: "attempt",
-                    "dagster.run_id": info.run_id,
-                    ROOT_RUN: info.root_run_id,
-                    "dagster.asset_key": info.asset,
-                    "dagster.partition": info.partition or "",
-                    "dagster.retry_number": str(info.retry_number),
-                    "dagster.run_url": info.run_url,
-                    **tags,
-                },
-            ).info.run_id
-            client.update_run(parent, status="RUNNING")
-        try:
-            yield Attempt(client, child)
-        except BaseException:
-            self._end(child, parent, "FAILED")
-            raise
-        self._end(child, parent, "FINISHED")
+        client, name = self.client(), f"{uuid.uuid4().hex}.lock"
+        # Held before the run exists: whoever finds it free while the run is RUNNING knows that this process is dead.
+        with FileLock(self._locks() / name):
+            with self._lock():
+                parent = self._parent(info)
+                self._close_dead_attempts(info)
+                child = client.create_run(
+                    self._experiment_id,
+                    run_name=f"{info.asset}[{info.partition}]" if info.partition else info.asset,
+                    tags={
+                        "mlflow.parentRunId": parent,
+                        "mlflow.source.name": info.job,
+                        "mlflow.source.type": "JOB",
+                        LEVEL: "attempt",
+                        ALIVE: name,
+                        "dagster.run_id": info.run_id,
+                        ROOT_RUN: info.root_run_id,
+                        "dagster.asset_key": info.asset,
+                        "dagster.partition": info.partition or "",
+                        "dagster.retry_number": str(info.retry_number),
+                        "dagster.run_url": info.run_url,
+                        **tags,
+                    },
+                ).info.run_id
+                client.update_run(parent, status="RUNNING")
+            try:
+                yield Attempt(client, child)
+            except BaseException:
+                self._end(child, parent, "FAILED", name)
+                raise
+            self._end(child, parent, "FINISHED", name)
 
     def run_url(self, run_id: str) -> str:
         """Address of a run in MLflow's UI."""
@@ -223,6 +230,11 @@ class MlflowTracking(dg.ConfigurableResource):
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / "mlflow.lock", is_singleton=True)
 
+    def _locks(self) -> Path:
+        folder = Path(self.lock_folder) / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def _parent(self, info: StepInfo) -> str:
         filters = f"tags.`{ROOT_RUN}` = '{info.root_run_id}' and tags.`{LEVEL}` = 'run'"
         found = self._client.search_runs([self._experiment_id], filters, order_by=["attributes.start_time ASC"])
@@ -242,23 +254,45 @@ class MlflowTracking(dg.ConfigurableResource):
         filters = f"tags.`mlflow.parentRunId` = '{parent}'"
         return list(self._client.search_runs([self._experiment_id], filters, max_results=1000))
 
-    def _close_killed_attempts(self, parent: str, info: StepInfo) -> None:
-        # A step that was killed could not end its run; its successor knows that it is dead.
-        for run in self._children(parent):
-            if run.info.status == "RUNNING" and run.data.tags.get("dagster.asset_key") == info.asset:
+    def _close_dead_attempts(self, info: StepInfo) -> None:
+        # What was killed could not end its run. Called, like _end, under the lock that guards all runs.
+        filters = f"attributes.status = 'RUNNING' and tags.`{LEVEL}` = 'attempt' and tags.`dagster.asset_key` = '{info.asset}'"
+        for run in self._client.search_runs([self._experiment_id], filters, max_results=1000):
+            tags = run.data.tags
+            # Dagster retries a step only after its process ended, even where a child of that still holds the lock.
+            retried = tags["dagster.run_id"] == info.run_id and int(tags["dagster.retry_number"]) < info.retry_number
+            lock = self._locks() / tags.get(ALIVE, "none")
+            if retried or _is_free(lock):
                 self._client.set_terminated(run.info.run_id, "KILLED")
+                lock.unlink(missing_ok=True)
+                self._settle(tags["mlflow.parentRunId"])
 
-    def _end(self, child: str, parent: str, status: str) -> None:
+    def _end(self, child: str, parent: str, status: str, lock: str) -> None:
         with self._lock():
             self._client.set_terminated(child, status)
-            latest: dict[str, Any] = {}
-            for run in sorted(self._children(parent), key=lambda r: r.info.start_time):
-                latest[run.data.tags["dagster.asset_key"]] = run.info.status
-            states = set(latest.values())
-            if "RUNNING" in states:
-                self._client.update_run(parent, status="RUNNING")
-            else:
-                self._client.set_terminated(parent, "FAILED" if states - {"FINISHED"} else "FINISHED")
+            (self._locks() / lock).unlink(missing_ok=True)
+            self._settle(parent)
+
+    def _settle(self, parent: str) -> None:
+        latest: dict[str, Any] = {}
+        for run in sorted(self._children(parent), key=lambda r: r.info.start_time):
+            latest[run.data.tags["dagster.asset_key"]] = run.info.status
+        states = set(latest.values())
+        if "RUNNING" in states:
+            self._client.update_run(parent, status="RUNNING")
+        else:
+            self._client.set_terminated(parent, "FAILED" if states - {"FINISHED"} else "FINISHED")
+
+
+def _is_free(lock: Path) -> bool:
+    # A lock that is not here may be held on another machine: then nothing is known of its holder.
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, blocking=False):
+            return True
+    except Timeout:
+        return False
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

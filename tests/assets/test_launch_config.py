@@ -181,14 +181,12 @@ def test_a_violated_bound_fails_once_and_names_the_key(tmp_path, fresh_data):
     assert not (tmp_path / "handles").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the early failure's attempt lacks contract tags (assets/stage.py, materialize)")
 def test_a_refused_configuration_has_the_tags_of_every_attempt(tmp_path, fresh_data):
     materialize_base_model(tmp_path, {"source": "tiny", "seed": -1}, fresh_data)
     (attempt,) = attempts(tmp_path)
     assert {"dvc.md5", "git.commit", "alignment.stage", "dagster.run_id"} <= set(attempt.data.tags)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: tools.dvc.md5() is outside of user_errors (assets/stage.py, materialize)")
 def test_a_broken_data_pointer_fails_the_step_once(tmp_path):
     done = materialize_base_model(tmp_path, {"source": "tiny"}, tmp_path / "nowhere")
     assert not done.success
@@ -197,7 +195,6 @@ def test_a_broken_data_pointer_fails_the_step_once(tmp_path):
     assert "data.dvc: is missing. Remedy" in failure.step_failure_data.user_failure_data.description
 
 
-@pytest.mark.xfail(strict=True, reason="bug: Dagster lets null pass, the step crashes (assets/launch_config.py, _convert)")
 def test_a_value_that_was_deleted_in_the_launchpad_fails_once_and_is_named(tmp_path, fresh_data):
     done = materialize_base_model(tmp_path, {"source": "tiny", "seed": None}, fresh_data)
     assert not [e for e in done.all_events if e.event_type_value in {"STEP_UP_FOR_RETRY", "STEP_RESTARTED"}]

@@ -273,11 +273,7 @@ def test_the_record_beside_an_artifact_says_where_it_came_from(first, sandbox, a
         ("constitutional_preference_pairs", {"pairs.jsonl", "rounds.jsonl"}),
         ("reward_model", {"model/adapter_model.safetensors", "curve.png"}),
         ("aligned_policy/dpo", {"model/adapter_model.safetensors", "model/adapter_config.json", "curve.png"}),
-        pytest.param(
-            "policy_report/dpo",
-            {"report.json", "generations.jsonl"},
-            marks=pytest.mark.xfail(strict=True, reason="bug: the report writes no files (assets/policies.py, report_asset)"),
-        ),
+        ("policy_report/dpo", {"report.json", "generations.jsonl"}),
         ("champion", {"decision.json"}),
     ],
 )
@@ -285,7 +281,6 @@ def test_an_artifact_holds_the_files_its_handle_promises(first, asset, files):
     assert files <= names(artifact(first, asset))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: shared assets' handles name the partition they were first run for (assets/stage.py)")
 def test_only_partitioned_assets_have_a_partition(first):
     partitions = {asset: record(first, asset)["handle"]["partition"] for asset in ASSETS}
     assert partitions == {asset: "general" if asset in PARTITIONED else None for asset in ASSETS}

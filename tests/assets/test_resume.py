@@ -146,7 +146,6 @@ def test_after_everything_was_killed_the_next_run_resumes_and_reuses(story):
     assert (last.info.status, last.data.tags["alignment.reused"]) == ("FINISHED", "false")
 
 
-@pytest.mark.xfail(strict=True, reason="bug: attempts of a run that died as a whole stay RUNNING (resources/tracking.py)")
 def test_no_attempt_of_the_dead_run_is_left_running(story):
     attempts = story.disturbed.mlflow_runs({"dagster.asset_key": "aligned_policy/dpo"})
     assert [run.info.status for run in attempts] == ["KILLED", "FINISHED"]

@@ -101,7 +101,7 @@ def test_the_same_version_is_skipped(instance, pointer):
 def test_a_new_version_asks_for_one_run_per_constitution_and_records_the_data(instance, pointer):
     pin(pointer, SECOND)
     tick = look(instance, FIRST)
-    assert tick.cursor == SECOND
+    assert look(instance, tick.cursor).skip_message == f"data.dvc still pins {SECOND}"
     assert [request.partition_key for request in tick.run_requests] == CONSTITUTIONS
     assert len({request.run_key for request in tick.run_requests}) == len(CONSTITUTIONS)
     assert all(SECOND in request.run_key for request in tick.run_requests)
@@ -126,7 +126,6 @@ def test_a_broken_pointer_is_a_reason_to_skip_and_forgets_nothing(instance, poin
     assert tick.cursor in (None, FIRST)  # None leaves the cursor as it is
 
 
-@pytest.mark.xfail(strict=True, reason="bug: run keys repeat, and Dagster drops such requests (dagster_project/sensors.py)")
 def test_a_version_that_comes_back_gets_new_run_keys(instance, pointer):
     pin(pointer, SECOND)
     first = look(instance, FIRST)
@@ -135,6 +134,16 @@ def test_a_version_that_comes_back_gets_new_run_keys(instance, pointer):
     pin(pointer, SECOND)
     again = look(instance, back.cursor)
     assert {r.run_key for r in first.run_requests}.isdisjoint({r.run_key for r in again.run_requests})
+
+
+def test_a_look_that_is_repeated_before_its_cursor_was_saved_asks_for_the_same_runs(instance, pointer):
+    pin(pointer, SECOND)
+    cursor = look(instance, FIRST).cursor
+    pin(pointer, FIRST)
+    once, twice = look(instance, cursor), look(instance, cursor)
+    assert [r.run_key for r in once.run_requests] == [r.run_key for r in twice.run_requests] != []
+    assert once.cursor == twice.cursor
+    assert once.asset_events[0].metadata["before"].value == SECOND
 
 
 # --- ticked by the daemon ---------------------------------------------------------------------------------------------

@@ -197,7 +197,6 @@ def test_a_damaged_artifact_is_refused_with_file_and_remedy(store, damage, named
     assert f"Remedy: delete {folder} and materialize prompts again" in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: find() lets pydantic's ValidationError through (resources/artifacts.py, find)")
 def test_a_record_whose_handle_cannot_be_read_is_a_corrupt_artifact(store):
     folder = publish(store)
     text = (folder / "artifact.json").read_text().replace('"prompt_set"', '"kind_of_an_older_version"')
@@ -206,7 +205,6 @@ def test_a_record_whose_handle_cannot_be_read_is_a_corrupt_artifact(store):
         store.find("prompts", DIGEST)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: NaN is written as null and cannot be read (alignment/handles.py, Handle.metrics)")
 def test_a_metric_that_is_not_a_number_can_be_read_back(store):
     handle = PromptSet(asset="prompts", fingerprint=DIGEST, mlflow_run_id="r1", metrics={"perplexity": math.nan})
     publish(store, handle=handle)
@@ -239,7 +237,6 @@ def _discard(root: Path) -> None:
     open_store(root).discard("prompts", DIGEST)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: discard() does not take the build lock (resources/artifacts.py, discard)")
 def test_discard_does_not_pull_the_work_folder_from_under_another_process(store, processes):
     with store.building("prompts", DIGEST) as work:
         process = processes.Process(target=_discard, args=(Path(store.root),))

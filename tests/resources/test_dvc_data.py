@@ -102,7 +102,6 @@ def test_data_in_the_cache_needs_no_remote(root):
     assert_pinned(root, list(FILES))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: only .dvc/cache is searched (resources/dvc_data.py, _read_manifest)")
 def test_files_in_a_cache_elsewhere_are_found(root, tmp_path):
     shutil.move(root / ".dvc" / "cache", tmp_path / "shared_cache")
     forget(root / "dvc_store")

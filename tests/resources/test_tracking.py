@@ -155,6 +155,54 @@ def test_a_killed_attempt_is_closed_by_its_successor(tracking, tmp_path, process
     assert parent(tracking).info.status == "FINISHED"
 
 
+def _attempt_and_wait(folder: Path, info: StepInfo, begun: Any, end: Any) -> None:
+    with open_tracking(folder).attempt(info, {}):
+        begun.set()
+        end.wait(120)
+
+
+def test_an_attempt_of_a_run_that_died_as_a_whole_is_closed_by_the_next_run(tracking, tmp_path, processes):
+    succeed(tracking, step("prompts"))
+    process = processes.Process(target=_attempt_and_die, args=(tmp_path, step("sft_checkpoint")))
+    process.start()
+    process.join(60)
+    with tracking.attempt(step("sft_checkpoint", run="run-2", root="run-2"), {}):
+        by_run = {run.data.tags["dagster.run_id"]: run.info for run in runs(tracking, "run")}
+        assert {run: info.status for run, info in by_run.items()} == {"run-1": "FAILED", "run-2": "RUNNING"}
+    found = [run.info.status for run in runs(tracking, "attempt") if run.data.tags["dagster.asset_key"] == "sft_checkpoint"]
+    assert found == ["KILLED", "FINISHED"]
+    assert list((tmp_path / "locks" / "attempts").iterdir()) == []
+
+
+def test_an_attempt_that_is_alive_in_another_process_is_left_alone(tracking, tmp_path, processes):
+    begun, end = processes.Event(), processes.Event()
+    process = processes.Process(target=_attempt_and_wait, args=(tmp_path, step("sft_checkpoint"), begun, end))
+    process.start()
+    assert begun.wait(60)
+    for run in ("run-1", "run-2"):  # a re-execution of the same run, and another run
+        with tracking.attempt(step("sft_checkpoint", run=f"{run} again", root=run), {}):
+            assert next(r.info.status for r in runs(tracking, "attempt")) == "RUNNING"
+    end.set()
+    process.join(60)
+    assert [run.info.status for run in runs(tracking, "attempt")] == ["FINISHED"] * 3
+    assert {run.info.status for run in runs(tracking, "run")} == {"FINISHED"}
+
+
+def test_attempts_at_the_same_asset_in_one_thread_are_both_alive(tracking):
+    with tracking.attempt(step("prompts"), {}), tracking.attempt(step("prompts", run="run-2", root="run-2"), {}):
+        assert [run.info.status for run in runs(tracking, "attempt")] == ["RUNNING"] * 2
+    assert [run.info.status for run in runs(tracking, "attempt")] == ["FINISHED"] * 2
+
+
+def test_an_attempt_whose_lock_is_not_here_may_be_alive_on_another_machine(tracking, tmp_path, processes):
+    process = processes.Process(target=_attempt_and_die, args=(tmp_path, step("sft_checkpoint")))
+    process.start()
+    process.join(60)
+    shutil.rmtree(tmp_path / "locks" / "attempts")
+    succeed(tracking, step("sft_checkpoint", run="run-2", root="run-2"))
+    assert [run.info.status for run in runs(tracking, "attempt")] == ["RUNNING", "FINISHED"]
+
+
 # --- statuses ---------------------------------------------------------------------------------------------------------
 
 
