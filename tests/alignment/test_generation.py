@@ -174,3 +174,28 @@ def test_sampling_without_seeds_is_an_error(model, tokenizer):
 
 def test_nothing_asked_nothing_answered(model, tokenizer):
     assert generate(model, tokenizer, [], SAMPLED, seeds=[]) == []
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_several_answers_to_one_prompt_share_its_reading_and_nothing_else(either_model, tokenizer, settings):
+    alone = settings.model_copy(update={"batch_size": 1})
+    conversations = [CONVERSATIONS[i] for i in (0, 3, 3, 0, 2, 3)]
+    assert generate(either_model, tokenizer, conversations, settings, seeds=SEEDS[:6]) == generate(
+        either_model, tokenizer, conversations, alone, seeds=SEEDS[:6]
+    )
+
+
+def test_answers_that_go_on_are_not_changed_by_those_that_ended(model, tokenizer):
+    # Every row's likeliest path is known by hand; the stop token is what several rows, not all, say at some point.
+    limit = 16
+    paths = [greedy_by_hand(model, prompt_ids(tokenizer, c), limit) for c in CONVERSATIONS]
+    used = {token for c in CONVERSATIONS for token in prompt_ids(tokenizer, c)}
+    counts = Counter(token for path in paths for token in set(path) if token not in used)
+    stop = max(counts, key=lambda token: (1 <= counts[token] < len(paths), counts[token]))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
+    answers = generate(model, tokenizer, CONVERSATIONS, GREEDY)
+    for path, answer in zip(paths, answers, strict=True):
+        length = path.index(stop) if stop in path else limit
+        assert answer.ended == (stop in path)
+        assert answer.text == tokenizer.decode(path[:length], skip_special_tokens=True).strip()
+    assert {a.ended for a in answers} == {True, False}
