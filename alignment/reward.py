@@ -34,7 +34,7 @@ from alignment.progress import SILENT, Log, Progress
 from alignment.records import PreferencePair
 from alignment.sft import NothingToTrain
 from alignment.statistics import Interval, paired_bootstrap, wilson
-from alignment.training import OptimSettings, Trained, run_trainer, trainer_arguments
+from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +100,13 @@ def train_reward_model(
         load = load.model_copy(update={"dtype": "float32"})
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
-    trainer = RewardTrainer(
+    lengths = [max(map(len, row.values())) for row in rows]
+
+    class LengthGroupedRewardTrainer(RewardTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return length_grouped(lengths, config.optim.batch_size, config.optim.seed)
+
+    trainer = LengthGroupedRewardTrainer(
         model=model,
         args=TrlConfig(**arguments, center_rewards_coefficient=config.center_rewards_coefficient or None),
         train_dataset=Dataset.from_list(rows),
