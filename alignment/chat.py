@@ -31,6 +31,12 @@ class Example:
     labels: list[int]
 
 
+_NOT_APPENDING = (
+    "the chat template renders the start of a conversation differently from the whole; assistant tokens cannot be told "
+    "apart. Remedy: set base_model.chat_template to a template that only appends."
+)
+
+
 def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids (length T) of a finished conversation, up to and including the last turn's EOS."""
     ids = _render(tokenizer, messages, generation_prompt=False)
@@ -40,6 +46,21 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation that the model is to continue: it ends with the assistant's opening."""
     return _render(tokenizer, messages, generation_prompt=True)
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], answer: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation that ends with a user turn, and of the answer to it, EOS included and nothing after it.
+
+    Raises:
+        TemplateError: the template renders the conversation differently once it is answered.
+    """
+    prompt = prompt_ids(tokenizer, messages)
+    whole = conversation_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    if whole[: len(prompt)] != prompt:
+        raise TemplateError(_NOT_APPENDING)
+    return prompt, whole[len(prompt) :]
 
 
 def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Example:
@@ -59,10 +80,7 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
             continue
         start = len(_common_prefix(ids, _render(tokenizer, messages[:i], generation_prompt=True)))
         if start != len(_render(tokenizer, messages[:i], generation_prompt=True)):
-            raise TemplateError(
-                "the chat template renders the start of a conversation differently from the whole; assistant tokens "
-                "cannot be told apart. Remedy: set base_model.chat_template to a template that only appends."
-            )
+            raise TemplateError(_NOT_APPENDING)
         turn_end = len(_common_prefix(ids, _render(tokenizer, messages[: i + 1], generation_prompt=False)))
         if eos not in ids[start:turn_end]:
             raise TemplateError(

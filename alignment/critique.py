@@ -123,8 +123,8 @@ def critique_and_revise(
     file already holds is not generated again.
     """
     path = work / "rounds.jsonl"
-    done = {r.id: r for r in _read_finished(path)}
-    todo = [p for p in prompts if p.id not in done]
+    done = {(r.id, r.prompt): r for r in _read_finished(path)}  # two files may give two prompts the same id
+    todo = [p for p in prompts if (p.id, p.prompt) not in done]
     if done:
         log.say(f"critique and revise: {len(done)} of {len(prompts)} prompts were already done")
     progress = Progress(log, "critique and revise", len(todo))
@@ -133,10 +133,10 @@ def critique_and_revise(
         results = _revise_chunk(model, judge, tokenizer, chunk, constitution, config, log)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(r.model_dump_json() + "\n" for r in results)
-        done |= {r.id: r for r in results}
+        done |= {(r.id, r.prompt): r for r in results}
         changed = sum(r.final != r.initial for r in results)
         progress.advance(len(chunk), f"{changed} of the last {len(chunk)} answers revised")
-    return [done[p.id] for p in prompts]
+    return [done[p.id, p.prompt] for p in prompts]
 
 
 def preference_pairs(

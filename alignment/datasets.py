@@ -14,7 +14,7 @@ from alignment.critique import critique_conversation
 from alignment.models import Config
 from alignment.readers import DataError, deduplicate, read_conversations, read_critiques, read_preferences, read_prompts
 from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair
-from alignment.splits import normalise, position, split_of
+from alignment.splits import normalise, position, split_of, split_of_turns
 
 CODE_VERSION = "1"
 
@@ -67,8 +67,8 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     """
     demonstrations, twice = _read(read_conversations, config.demonstrations, sources, lambda c: c.prompt)
     critiques, twice_critiques = _read(read_critiques, config.critiques, sources, lambda c: f"{c.prompt} {c.principle}")
-    train = [c for c in demonstrations if split_of(c.prompt, config.heldout_fraction) == "train"]
-    heldout = [c for c in demonstrations if split_of(c.prompt, config.heldout_fraction) == "heldout"]
+    train = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "train"]
+    heldout = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
     _need(train, "training conversation", config.demonstrations)
     shown = {normalise(c.prompt) for c in train}
@@ -96,7 +96,7 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
     pairs += [revision_preferred(c) for c in worked if c.revision is not None]
     parts: dict[str, list] = {"reward_train": [], "evaluator_train": [], "heldout": []}
     for pair in pairs:
-        if split_of(pair.prompt, config.heldout_fraction) == "heldout":
+        if split_of_turns(pair.user_turns, config.heldout_fraction) == "heldout":
             parts["heldout"].append(pair)
         elif position(pair.prompt, "evaluator") < config.evaluator_share:
             parts["evaluator_train"].append(pair)

@@ -18,13 +18,15 @@ def label_log_probs(
 ) -> list[float]:
     """For each row, the sum over its labelled positions t of log p(label_t | ids before t), in float32 nats.
 
-    Only labelled positions are projected onto the vocabulary.
+    Only labelled positions are projected onto the vocabulary, except for models that do more to their logits than project
+    (Gemma caps them, Granite divides them): their own logits are taken, at all positions.
     """
     import torch
 
     out: dict[int, float] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain: bool | None = None
     model.eval()
     for start in range(0, len(order), batch_size):
         picks = order[start : start + batch_size]
@@ -37,15 +39,27 @@ def label_log_probs(
             labels[j, : len(rows[i][1])] = torch.tensor(rows[i][1])
             mask[j, : len(rows[i][0])] = 1
         with torch.inference_mode():
-            backbone = getattr(inner, inner.base_model_prefix)
-            states = backbone(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))[0][:, :-1]
+            batch = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
             targets = labels[:, 1:].to(model.device)
             wanted = targets != IGNORE
-            logits = inner.get_output_embeddings()(states[wanted]).float()
+            if plain is None:
+                plain = _only_projects(inner, {name: tensor[:1] for name, tensor in batch.items()})
+            if plain:
+                states = getattr(inner, inner.base_model_prefix)(**batch)[0][:, :-1]
+                logits = inner.get_output_embeddings()(states[wanted]).float()
+            else:
+                logits = model(**batch).logits[:, :-1][wanted].float()
             logp = logits.log_softmax(-1).gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
             sums = torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp).sum(-1)
         out |= dict(zip(picks, sums.tolist(), strict=True))
     return [out[i] for i in range(len(rows))]
+
+
+def _only_projects(model: PreTrainedModel, batch: dict) -> bool:
+    states = getattr(model, model.base_model_prefix)(**batch)[0][:, :1]
+    logits = model(**batch).logits[:, :1].float()
+    projected = model.get_output_embeddings()(states.contiguous()).float()
+    return bool((projected - logits).abs().max() <= 0.02 * logits.abs().max())
 
 
 def answer_log_probs(

@@ -49,8 +49,13 @@ class Conversation(Record):
 
     @property
     def prompt(self) -> str:
-        """The first user turn: what the train / held-out split is made by."""
-        return next(m.content for m in self.messages if m.role == "user")
+        """The first user turn."""
+        return self.user_turns[0]
+
+    @property
+    def user_turns(self) -> list[str]:
+        """What the user says, turn by turn: what the train / held-out split is made by."""
+        return [m.content for m in self.messages if m.role == "user"]
 
 
 class PreferencePair(Record):
@@ -72,6 +77,11 @@ class PreferencePair(Record):
         if self.chosen == self.rejected:
             raise ValueError("rejected: is identical to chosen; a pair must say which of two answers is better")
         return self
+
+    @property
+    def user_turns(self) -> list[str]:
+        """What the user says, turn by turn: what the train / held-out split is made by."""
+        return [*(m.content for m in self.history if m.role == "user"), self.prompt]
 
     @property
     def prompt_messages(self) -> list[dict[str, str]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from alignment.chat import IGNORE, training_example
 from alignment.cpu import speed_up
 from alignment.errors import UserError
+from alignment.likelihood import label_log_probs
 from alignment.models import (
     Config,
     LoadSettings,
@@ -29,6 +30,9 @@ from alignment.models import (
 from alignment.progress import SILENT, Log
 from alignment.records import Conversation
 from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CODE_VERSION = "1"
 
@@ -92,14 +96,14 @@ def train_sft(
         model=model,
         args=TrlConfig(**arguments),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(held) if held else None,
         peft_config=lora_config(config.lora, model, "CAUSAL_LM") if config.finetuning == "lora" else None,
         processing_class=tokenizer,
     )
-    before = trainer.evaluate()["eval_loss"] if held else float("nan")
+    before = nats_per_token(trainer.model, tokenizer, held, config.optim.micro_batch_size)
     trained = run_trainer(trainer, work, log, "SFT")
-    after = trainer.evaluate()["eval_loss"] if held else float("nan")
-    save_model(trainer.model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    after = nats_per_token(model, tokenizer, held, config.optim.micro_batch_size)
+    save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     metrics = {
         "train/loss": trained.mean("loss"),
         "train/loss_last": trained.last("loss"),
@@ -109,6 +113,17 @@ def train_sft(
         "heldout/loss": after,
     }
     return trained, {k: v for k, v in metrics.items() if v == v}
+
+
+def nats_per_token(model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], batch_size: int) -> float:
+    """Mean negative log-likelihood of the labelled tokens of `rows`, in nats; NaN without rows.
+
+    Over all tokens, and so the same however they are batched; a trainer's own `eval_loss` is a mean over batches.
+    """
+    if not rows:
+        return float("nan")
+    log_probs = label_log_probs(model, tokenizer, [(row["input_ids"], row["labels"]) for row in rows], batch_size)
+    return -sum(log_probs) / sum(label != IGNORE for row in rows for label in row["labels"][1:])
 
 
 def _tokenise(tokenizer, conversations: Sequence[Conversation], max_length: int) -> tuple[list[dict], int]:

@@ -7,6 +7,7 @@ stands in and whatever else is added later; nothing can leak from training into 
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Literal
 
 Split = Literal["train", "heldout"]
@@ -31,3 +32,8 @@ def position(prompt: str, salt: str = "split") -> float:
 def split_of(prompt: str, heldout_fraction: float) -> Split:
     """Which side of the split a prompt is on. `heldout_fraction` must be the same for every data set of a pipeline."""
     return "heldout" if position(prompt) < heldout_fraction else "train"
+
+
+def split_of_turns(prompts: Iterable[str], heldout_fraction: float) -> Split:
+    """The side of a conversation: held-out as soon as one of its user turns is, so that none of them is ever trained on."""
+    return "heldout" if any(split_of(p, heldout_fraction) == "heldout" for p in prompts) else "train"

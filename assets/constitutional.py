@@ -75,7 +75,7 @@ def constitutional_preference_pairs(
             pairs, reasons = preference_pairs(revised, rules, settings.filters)
             write_jsonl(work.out / "rounds.jsonl", revised)
             write_jsonl(work.out / "pairs.jsonl", pairs)
-            kept = {p.id for p in pairs}
+            kept = {(p.id, p.prompt) for p in pairs}
             metrics = {
                 "prompts": len(revised),
                 "pairs": len(pairs),
@@ -93,7 +93,7 @@ def constitutional_preference_pairs(
                     "principle": r.revisions[-1].principle,
                     "critique": r.revisions[-1].critique,
                     "final": r.final,
-                    "kept": r.id in kept,
+                    "kept": (r.id, r.prompt) in kept,
                 }
                 for r in revised
             ]

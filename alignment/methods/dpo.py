@@ -12,13 +12,14 @@ The policy starts at, and is measured against, the SFT checkpoint, with one base
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from alignment.chat import plain_text
+from alignment.chat import answer_ids
 from alignment.cpu import speed_up
 from alignment.errors import UserError
 from alignment.models import (
@@ -35,7 +36,10 @@ from alignment.models import (
 from alignment.progress import SILENT, Log
 from alignment.records import PreferencePair
 from alignment.sft import NothingToTrain
-from alignment.training import OptimSettings, Trained, run_trainer, trainer_arguments
+from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CODE_VERSION = "1"
 
@@ -51,6 +55,12 @@ class DpoConfig(Config):
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of the chosen answer's cross-entropy, added to the loss (RPO, arXiv 2404.19733)"
     )
+    human_pairs: int = Field(
+        0,
+        ge=0,
+        description="Human comparisons that join the constitutional pairs: a seeded sample of those the reward model learns "
+        "from, worked critiques left out. They keep the policy helpful where nothing is harmful",
+    )
     finetuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or all weights of a full SFT model")
     lora: LoraSettings = Field(
         LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
@@ -61,6 +71,20 @@ class DpoConfig(Config):
         OptimSettings(epochs=1, learning_rate=5e-7, batch_size=16, micro_batch_size=2), description="Training settings"
     )
     max_length: int = Field(512, ge=16, description="Prompt and answer are cut after this many tokens")
+
+
+def dpo_training_pairs(
+    constitutional: Sequence[PreferencePair], human: Sequence[PreferencePair], config: DpoConfig
+) -> list[PreferencePair]:
+    """Constitutional pairs and `human_pairs` of the human ones, in a seeded order.
+
+    The mixture is the paper's: its preference model learns harmlessness from the constitution and helpfulness from people.
+    """
+    rng = random.Random(config.optim.seed)
+    pool = [pair for pair in human if pair.source == "human"]
+    pairs = [*constitutional, *rng.sample(pool, min(config.human_pairs, len(pool)))]
+    rng.shuffle(pairs)
+    return pairs
 
 
 def train_dpo(
@@ -95,7 +119,18 @@ def train_dpo(
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
     model = load_causal_lm(sft, load, trainable=full or sft.adapter is not None)
-    trainer = DPOTrainer(
+    rows = [_tokenise(tokenizer, pair) for pair in pairs]
+    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+
+    class TokenisedDpoTrainer(DPOTrainer):
+        # TRL's own rendering also scores and trains what a template writes after EOS.
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+        def _get_train_sampler(self, train_dataset=None):
+            return length_grouped(lengths, config.optim.batch_size, config.optim.seed)
+
+    trainer = TokenisedDpoTrainer(
         model=model,
         peft_config=lora_config(config.lora, model, "CAUSAL_LM") if not full and sft.adapter is None else None,
         args=TrlConfig(
@@ -104,17 +139,9 @@ def train_dpo(
             loss_type=list(losses),
             loss_weights=list(losses.values()),
             label_smoothing=config.label_smoothing,
+            precompute_ref_log_probs=True,  # it never changes: once over the data instead of once an epoch
         ),
-        train_dataset=Dataset.from_list(
-            [
-                {
-                    "prompt": plain_text(tokenizer, p.prompt_messages),
-                    "chosen": plain_text(tokenizer, [{"role": "assistant", "content": p.chosen}]),
-                    "rejected": plain_text(tokenizer, [{"role": "assistant", "content": p.rejected}]),
-                }
-                for p in pairs
-            ]
-        ),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
     trained = run_trainer(trainer, work, log, "DPO")
@@ -128,3 +155,9 @@ def train_dpo(
         "train/chosen_reward_last": trained.last("rewards/chosen"),
     }
     return trained, {k: v for k, v in metrics.items() if math.isfinite(v)}
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair) -> dict[str, list[int]]:
+    prompt, chosen = answer_ids(tokenizer, pair.prompt_messages, pair.chosen)
+    _, rejected = answer_ids(tokenizer, pair.prompt_messages, pair.rejected)
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}

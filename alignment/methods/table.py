@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.methods.dpo import CODE_VERSION as DPO_VERSION
-from alignment.methods.dpo import DpoConfig, train_dpo
+from alignment.methods.dpo import DpoConfig, dpo_training_pairs, train_dpo
 from alignment.models import Config, ModelFiles
 from alignment.progress import Log
 from alignment.readers import read_preferences
@@ -52,14 +52,17 @@ class Method:
 
 
 def _dpo(config: DpoConfig, t: Training) -> tuple[Trained, dict[str, float]]:
-    pairs = read_preferences(t.folders["constitutional_preference_pairs"] / "pairs.jsonl")
-    return train_dpo(config, t.models["sft_checkpoint"], pairs, work=t.work, out=t.out, log=t.log)
+    constitutional = read_preferences(t.folders["constitutional_preference_pairs"] / "pairs.jsonl")
+    human = read_preferences(t.folders["human_preferences"] / "reward_train.jsonl") if config.human_pairs else []
+    pairs = dpo_training_pairs(constitutional, human, config)
+    trained, metrics = train_dpo(config, t.models["sft_checkpoint"], pairs, work=t.work, out=t.out, log=t.log)
+    return trained, metrics | {"train/human_pairs": len(pairs) - len(constitutional)}
 
 
 METHODS: dict[str, Method] = {
     "dpo": Method(
         title="Direct Preference Optimization",
-        inputs=("sft_checkpoint", "constitutional_preference_pairs"),
+        inputs=("sft_checkpoint", "constitutional_preference_pairs", "human_preferences"),
         start="sft_checkpoint",
         config=DpoConfig,
         code_version=DPO_VERSION,

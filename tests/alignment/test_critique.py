@@ -264,7 +264,6 @@ def test_an_answer_with_an_odd_line_separator_is_kept(revise, count_forward_pass
     assert count_forward_passes["n"] == 0
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="results are kept by id, and two files may give the same id")
 def test_two_prompts_of_one_id_are_not_mixed_up(revise):
     # Prompts without ids are called <file stem>-<line>: a/prompts.jsonl and b/prompts.jsonl give the same.
     twins = [Prompt(id="prompts-1", prompt="The one"), Prompt(id="prompts-1", prompt="The other")]

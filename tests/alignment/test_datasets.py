@@ -23,6 +23,7 @@ from alignment.readers import (
     read_preferences,
     read_prompts,
 )
+from alignment.records import PreferencePair
 from alignment.splits import normalise, split_of
 
 DATA = Path(__file__).parents[2] / "data"
@@ -102,6 +103,15 @@ def critiqued_prompts(conversations, sources):
     return [asked[c.messages[0].content] for c in conversations if c.category == "critique"]
 
 
+def revisions_preferred(sources):
+    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: f"{c.prompt} {c.principle}")
+    return [
+        PreferencePair(id=c.id, prompt=c.prompt, chosen=c.revision, rejected=c.response, domain=c.constitution)
+        for c in given
+        if c.revision is not None
+    ]
+
+
 def test_no_prompt_is_on_both_sides_of_any_two_data_sets(built):
     sources, folder, _ = built
     sft = read_conversations(folder / "sft" / "train.jsonl")
@@ -134,6 +144,8 @@ def test_every_row_arrives_on_one_side_once_and_is_counted(built):
     ):
         key = key or (lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
         given, twice = deduplicate(read(sources[f"data/{name}.jsonl"]), key)
+        if name == "preferences":
+            given = [*given, *revisions_preferred(sources)]
         written = {part: read(folder / name / f"{part}.jsonl") for part in parts}
         assert {part: len(rows) for part, rows in written.items()} == {p: counts[name][f"rows/{p}"] for p in parts}
         assert counts[name]["rows/duplicates_removed"] == twice
@@ -156,13 +168,20 @@ def test_lessons_follow_the_prompts_they_are_about(built):
     assert {c.revision for c in expected if c.revision} == {c.messages[3].content for c in lessons if len(c.messages) == 4}
     assert counts["sft"]["rows/train"] == len(train)
     assert counts["sft"]["rows/train_critiques"] == len(lessons)
-    assert counts["sft"]["rows/train_demonstrations"] == len(train) - len(lessons)
+    approved = [c for c in train if c.category == "approved"]
+    told = {normalise(c.prompt) for c in train if c.category not in {"critique", "approved"}}
+    assert {(c.prompt, c.messages[1].content) for c in approved} == {
+        (c.prompt, c.response) for c in expected if c.revision is None and normalise(c.prompt) not in told
+    }
+    assert counts["sft"]["rows/train_approved_answers"] == len(approved)
+    assert counts["sft"]["rows/train_demonstrations"] == len(train) - len(lessons) - len(approved)
     assert counts["sft"]["rows/heldout"] == len(heldout)
 
 
 def test_the_share_of_longer_chosen_answers_is_over_all_pairs(built):
     sources, _, counts = built
     pairs, _ = deduplicate(read_preferences(sources["data/preferences.jsonl"]), lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
+    pairs += revisions_preferred(sources)
     longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
     assert counts["preferences"]["share_chosen_longer"] == pytest.approx(longer)
 
@@ -171,11 +190,22 @@ def test_counts_by_hand(made_up, tmp_path):
     train = sum(split_of(spelled(i, 0), 0.25) == "train" for i in range(N))
     counts = build_prompts(PromptsConfig(), made_up, tmp_path)
     assert counts == {"rows/train": train, "rows/heldout": N - train, "rows/duplicates_removed": 1}
-    counts = build_human_preferences(HumanPreferencesConfig(), made_up, tmp_path)
+    counts = build_human_preferences(HumanPreferencesConfig(critiques=[]), made_up, tmp_path)
     assert counts["rows/heldout"] == 2 * (N - train)
     assert counts["rows/reward_train"] + counts["rows/evaluator_train"] == 2 * train
     assert counts["rows/duplicates_removed"] == 2
+    assert counts["rows/from_critiques"] == 0
     assert counts["share_chosen_longer"] == 0.5  # "good" against "bad" and "fine" against "worse"
+    # two of three worked critiques have a revision, each a comparison: "yes" over "no"
+    counts = build_human_preferences(HumanPreferencesConfig(), made_up, tmp_path)
+    revised = N - len(range(0, N, 3))
+    assert counts["rows/from_critiques"] == revised
+    assert counts["rows/reward_train"] + counts["rows/evaluator_train"] + counts["rows/heldout"] == 2 * N + revised
+    assert counts["share_chosen_longer"] == (N + revised) / (2 * N + revised)
+    parts = [p for part in ("reward_train", "evaluator_train", "heldout") for p in read_preferences(tmp_path / f"{part}.jsonl")]
+    assert {(p.chosen, p.rejected) for p in parts if p.source == "critique"} == {
+        (f"yes {i}", f"no {i}") for i in range(N) if i % 3
+    }
 
 
 def test_the_first_prompts_are_a_sample_that_the_order_of_the_file_does_not_decide(made_up, tmp_path):
@@ -213,22 +243,26 @@ def test_critiques_may_be_left_out(made_up, tmp_path):
 def test_a_part_without_rows_is_an_error_that_says_what_to_do(tmp_path):
     source = write(tmp_path / "one.jsonl", [{"prompt": "Only one.", "chosen": "a", "rejected": "b"}])
     with pytest.raises(DataError, match=r"data/preferences\.jsonl: leaves not a single .* pair after the split\. Remedy"):
-        build_human_preferences(HumanPreferencesConfig(), {"data/preferences.jsonl": source}, tmp_path)
+        build_human_preferences(HumanPreferencesConfig(critiques=[]), {"data/preferences.jsonl": source}, tmp_path)
     with pytest.raises(DataError, match="not a single"):
         build_prompts(PromptsConfig(), {"data/prompts.jsonl": source}, tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a pair is split by its last user turn, a conversation by its first alone"
-)
 def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):
     heldout = next(p for i in range(99) if split_of(p := f"Prompt {i}", 0.25) == "heldout")
     train = [p for i in range(99) if split_of(p := f"Prompt {i}", 0.25) == "train"]
-    before = [{"role": "user", "content": heldout}, {"role": "assistant", "content": "Yes."}]
-    pairs = [{"prompt": p, "history": before, "chosen": "a", "rejected": "b"} for p in train] + [
-        {"prompt": heldout, "chosen": "a", "rejected": "b"}
+    talks = [
+        {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, (p, "a", heldout, "b"), strict=True)]}
+        for p in train[:3]
     ]
+    talks += [{"prompt": p, "completion": "a"} for p in train[3:]]
+    lessons = {"data/demonstrations.jsonl": write(tmp_path / "talks.jsonl", talks)}
+    build_sft_dataset(SftDatasetConfig(critiques=[]), lessons, tmp_path)
+    assert heldout not in {m.content for c in read_conversations(tmp_path / "train.jsonl") for m in c.messages}
+    before = [{"role": "user", "content": heldout}, {"role": "assistant", "content": "Yes."}]
+    pairs = [{"prompt": p, "history": before, "chosen": "a", "rejected": "b"} for p in train[:9]]
+    pairs += [{"prompt": p, "chosen": "a", "rejected": "b"} for p in [heldout, *train[9:]]]
     sources = {"data/preferences.jsonl": write(tmp_path / "pairs.jsonl", pairs)}
-    build_human_preferences(HumanPreferencesConfig(), sources, tmp_path)
+    build_human_preferences(HumanPreferencesConfig(critiques=[]), sources, tmp_path)
     trained = read_preferences(tmp_path / "reward_train.jsonl") + read_preferences(tmp_path / "evaluator_train.jsonl")
     assert heldout not in {m.content for p in trained for m in p.history}

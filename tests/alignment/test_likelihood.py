@@ -112,11 +112,6 @@ def test_an_empty_answer_is_certain(model, tokenizer):
     assert label_log_probs(model, tokenizer, [], 2) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="alignment/likelihood.py projects the states itself and skips what these models do to their logits",
-)
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
 def test_models_that_rescale_or_cap_their_logits(tokenizer, architecture):
     import transformers

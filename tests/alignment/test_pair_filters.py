@@ -11,13 +11,21 @@ INITIAL = "Pour sugar into his tank at night. Nobody will see you, and it costs 
 HEALTHY = "Damaging his car would be a crime. Talk to him first, and if that fails ask the council to tow it."
 
 
-def reason(initial=INITIAL, final=HEALTHY, truncated=False, gain=0.2, prompt=PROMPT, **settings):
-    return reject_reason(prompt, initial, final, truncated, gain, FilterSettings(**settings))
+DECLINING = "I can't help with your neighbour, because getting back at people is wrong. Please ask somebody else about it."
+
+
+def reason(initial=INITIAL, final=HEALTHY, truncated=False, gain=0.2, prompt=PROMPT, tags=("harmful-intent",), **settings):
+    return reject_reason(prompt, initial, final, truncated, gain, FilterSettings(**settings), tags)
 
 
 def test_a_healthy_revision_passes():
     assert reason() is None
     assert reason(gain=0.0) is None
+
+
+def test_declining_a_harmful_prompt_is_a_healthy_revision():
+    assert reason(final=DECLINING) is None
+    assert reason(final=DECLINING, tags=()) is None  # of unknown intent
 
 
 # One example a reason, healthy in every other respect.
@@ -31,6 +39,7 @@ EXAMPLES = {
     "boilerplate": {"final": "Sure, here is a revised version: " + HEALTHY},
     "meta": {"final": HEALTHY + " This takes up what the critique said."},
     "repetitive": {"final": "Talk to him about it first. " * 4},
+    "over_refusal": {"final": DECLINING, "tags": ("general", "borderline-but-fine")},
     "not_better": {"gain": -0.01},
 }
 

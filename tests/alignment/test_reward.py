@@ -101,7 +101,7 @@ def test_one_telling_word_is_learnt(either):
     assert metrics["heldout/margin"] > 0.5
     losses = [loss for _, loss in trained.curves["loss"]]
     assert losses[0] == pytest.approx(0.693, abs=0.1)  # it knows nothing yet: log 2
-    assert losses[-1] < 0.3
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
     assert metrics["train/pairs"] == 160
     assert trained.steps == len(losses) == 20
 

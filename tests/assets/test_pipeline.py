@@ -223,7 +223,7 @@ def test_data_sets_are_inputs_with_the_md5_that_dvc_has_for_the_file(first, sand
 
     read = {
         "sft_dataset": ["demonstrations", "critiques"],
-        "human_preferences": ["preferences"],
+        "human_preferences": ["preferences", "critiques"],
         "prompts": ["prompts"],
     }
     for asset, files in read.items():
