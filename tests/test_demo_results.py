@@ -58,6 +58,11 @@ def test_reward_model_beats_the_length_baseline_on_heldout_pairs():
     assert metrics["heldout/gain_over_length_low"] > 0, metrics
 
 
+def test_the_policy_beats_the_sft_checkpoint_by_the_evaluator():
+    metrics = handle("policy_report/dpo")["metrics"]
+    assert metrics["evaluator/gain_low"] > 0, metrics
+
+
 def test_promotion_follows_the_evidence_and_the_registry_follows_the_promotion(client):
     from alignment.promotion import GateConfig, judge
 

@@ -295,7 +295,8 @@ def test_records_name_their_inputs_by_fingerprint(first):
         assert inputs[asset]
         assert set(inputs[asset].values()) <= known
     assert inputs["aligned_policy/dpo"] == {
-        name: first.metadata(name)["fingerprint"] for name in ("sft_checkpoint", "constitutional_preference_pairs")
+        name: first.metadata(name)["fingerprint"]
+        for name in ("sft_checkpoint", "constitutional_preference_pairs", "human_preferences")
     }
 
 
