@@ -130,7 +130,7 @@ def materialize(
                     facts=dict(outcome.facts),
                     **outcome.handle,
                 )
-                png = _log_outcome(attempt, built, outcome, work.out, asset)
+                _log_outcome(attempt, built, outcome, work.out, asset)
                 work.publish(
                     ArtifactRecord(
                         handle=handle.model_dump(mode="json"),
@@ -153,8 +153,10 @@ def materialize(
         attempt.tags({"alignment.reused": str(reused).lower(), "alignment.computed_by": handle.mlflow_run_id})
         attempt.final(handle.metrics)
         metadata = _metadata(tools, handle, attempt, reused, time.monotonic() - begun, outcome)
-        if not reused and png:
-            metadata["curve"] = dg.MetadataValue.md(f"![curve](data:image/png;base64,{base64.b64encode(png).decode()})")
+        curve = tools.store.path(handle) / "curve.png"
+        if curve.exists():
+            picture = base64.b64encode(curve.read_bytes()).decode()
+            metadata["curve"] = dg.MetadataValue.md(f"![curve](data:image/png;base64,{picture})")
     return dg.MaterializeResult(value=handle, metadata=metadata, data_version=dg.DataVersion(digest))
 
 
@@ -233,7 +235,7 @@ def _step_info(context: dg.AssetExecutionContext, asset: str) -> StepInfo:
     )
 
 
-def _log_outcome(attempt: Attempt, stage: Stage, outcome: Outcome, out: Path, asset: str) -> bytes | None:
+def _log_outcome(attempt: Attempt, stage: Stage, outcome: Outcome, out: Path, asset: str) -> None:
     for name, rows in outcome.tables.items():
         attempt.table(rows, name)
     png = curve_png(outcome.curves, asset, outcome.curve_names)
@@ -242,7 +244,6 @@ def _log_outcome(attempt: Attempt, stage: Stage, outcome: Outcome, out: Path, as
         attempt.file(out / "curve.png", "plots")
     if stage.model_artifact:
         attempt.folder(out / "model", "model")
-    return png
 
 
 def _metadata(
