@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from alignment.fingerprint import layout
 from alignment.models import Config
 from alignment.refusals import is_refusal
 from alignment.splits import normalise
@@ -47,7 +48,7 @@ class FilterSettings(Config):
     keep_truncated: bool = Field(False, description="Keep pairs with an answer that was cut at its token limit")
     min_reward_gain: float = Field(0.0, description="The judge must score the revision higher by at least this")
     min_share_kept: float = Field(
-        0.25, ge=0, le=1, description="The asset's check fails when a smaller share of the prompts ends in a pair"
+        0.25, ge=0, le=1, **layout("The asset's check fails when a smaller share of the prompts ends in a pair")
     )
 
 
