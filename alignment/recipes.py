@@ -55,13 +55,13 @@ class Recipe:
             raise RecipeError(f"{self.path}: {describe(error, stage)}") from error
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe and what it extends.
+def load_recipe(path: Path, shipped: Path | None = None) -> Recipe:
+    """Read a recipe and what it extends: a recipe beside it, or one of the folder `shipped`.
 
     Raises:
         RecipeError: missing file, bad YAML, or a recipe that extends itself.
     """
-    return Recipe(path, _read(path, ()))
+    return Recipe(path, _read(path, (), shipped))
 
 
 def describe(error: ValidationError, prefix: str = "") -> str:
@@ -75,7 +75,7 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     return "; ".join(parts)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[Path, ...], shipped: Path | None) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"{path}: extends itself, through {' -> '.join(p.stem for p in seen)}")
     try:
@@ -91,8 +91,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent is None:
         return values
     if not isinstance(parent, str) or not re.fullmatch(r"[\w-]+", parent):
-        raise RecipeError(f"{path}: key 'extends': {parent!r} is not the name of a recipe in the same folder")
-    return _over(_read(path.with_name(f"{parent}.yaml"), (*seen, path)), values)
+        raise RecipeError(f"{path}: key 'extends': {parent!r} is not the name of a recipe")
+    below = path.with_name(f"{parent}.yaml")
+    if shipped is not None and not below.exists():
+        below = shipped / below.name
+    return _over(_read(below, (*seen, path), shipped), values)
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from alignment.constitutions import Constitution, constitution_names, load_const
 from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
 from alignment.models import Config
 from alignment.recipes import Recipe, RecipeError, load_recipe
-from resources.paths import CONSTITUTIONS, recipe_path
+from resources.paths import CONSTITUTIONS, RECIPES, recipe_path
 
 OWNERS = ["team:alignment"]
 GPU_POOL = "gpu"
@@ -19,7 +19,7 @@ GPU_TAGS = {
 }
 RETRIES = dg.RetryPolicy(max_retries=2, delay=3)
 
-RECIPE: Recipe = load_recipe(recipe_path())
+RECIPE: Recipe = load_recipe(recipe_path(), shipped=RECIPES)
 PARTITIONS = dg.StaticPartitionsDefinition(constitution_names(CONSTITUTIONS))
 
 

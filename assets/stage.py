@@ -156,7 +156,7 @@ def materialize(
         curve = tools.store.path(handle) / "curve.png"
         if curve.exists():
             picture = base64.b64encode(curve.read_bytes()).decode()
-            metadata["curve"] = dg.MetadataValue.md(f"![curve](data:image/png;base64,{picture})")
+            metadata = {"curve": dg.MetadataValue.md(f"![curve](data:image/png;base64,{picture})"), **metadata}
     return dg.MaterializeResult(value=handle, metadata=metadata, data_version=dg.DataVersion(digest))
 
 

@@ -172,3 +172,16 @@ def test_a_parent_in_another_folder_is_refused_like_any_other_that_is_missing(re
 def test_a_folder_is_no_recipe(tmp_path):
     with pytest.raises(RecipeError):
         load_recipe(tmp_path)
+
+
+def test_a_recipe_anywhere_may_extend_a_shipped_one(tmp_path):
+    mine, shipped = tmp_path / "mine", tmp_path / "shipped"
+    mine.mkdir()
+    shipped.mkdir()
+    (shipped / "demo.yaml").write_text("sft_checkpoint: {max_length: 77}")
+    (mine / "own.yaml").write_text("extends: demo\nreward_model: {max_length: 99}")
+    assert load_recipe(mine / "own.yaml", shipped).stages == ["sft_checkpoint", "reward_model"]
+    (mine / "demo.yaml").write_text("evaluator: {max_length: 55}")  # the one beside it comes first
+    assert load_recipe(mine / "own.yaml", shipped).stages == ["evaluator", "reward_model"]
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(shipped / "none.yaml", shipped)
