@@ -25,6 +25,7 @@ LAYOUT = {
     ("OptimSettings", "save_every"),
     ("OptimSettings", "log_every"),
     ("SamplingSettings", "batch_size"),
+    ("FilterSettings", "min_share_kept"),
     ("CritiqueConfig", "chunk"),
     ("CritiqueConfig", "score_batch_size"),
     ("RewardConfig", "score_batch_size"),

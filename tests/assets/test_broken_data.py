@@ -179,7 +179,8 @@ def test_a_file_in_data_that_is_not_pinned_at_all(materialize, folder, tracking,
 def test_too_few_rows_for_a_split(materialize, folder, tracking, tmp_path):
     path = tmp_path / "few.jsonl"
     path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n", encoding="utf-8")
-    description = assert_one_clear_failure(materialize("human_preferences", {"preferences": [str(path)]}), folder, tracking)
+    done = materialize("human_preferences", {"preferences": [str(path)], "critiques": []})
+    description = assert_one_clear_failure(done, folder, tracking)
     assert "leaves not a single" in description
 
 
