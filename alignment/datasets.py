@@ -12,7 +12,15 @@ from pydantic import BaseModel, Field
 
 from alignment.critique import critique_conversation
 from alignment.models import Config
-from alignment.readers import DataError, deduplicate, read_conversations, read_critiques, read_preferences, read_prompts
+from alignment.readers import (
+    DataError,
+    deduplicate,
+    read_conversations,
+    read_critiques,
+    read_preferences,
+    read_problems,
+    read_prompts,
+)
 from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair
 from alignment.splits import normalise, position, split_of, split_of_turns
 
@@ -52,9 +60,12 @@ class HumanPreferencesConfig(Config):
 
 
 class PromptsConfig(Config):
-    """Prompts for critique-and-revise (train) and for the reports (held-out)."""
+    """Prompts for critique-and-revise and reinforcement learning (train) and for the reports (held-out)."""
 
     prompts: list[str] = Field(["data/prompts.jsonl"], description="Files or Hub data-set ids")
+    problems: list[str] = Field(
+        ["data/reasoning.jsonl"], description="Problems with a known answer, for verifiable rewards; may be empty"
+    )
     heldout_fraction: float = Field(0.25, gt=0, lt=1, description="Share of prompts held out")
 
 
@@ -136,7 +147,7 @@ def revision_preferred(critique: CritiqueDemonstration) -> PreferencePair:
 
 
 def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
-    """Write `train.jsonl` and `heldout.jsonl` (prompts with tags)."""
+    """Write `train.jsonl` and `heldout.jsonl` (prompts with tags), `problems_train.jsonl` and `problems_heldout.jsonl`."""
     prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: p.prompt)
     # Ordered by a hash, so that "the first n" (max_prompts) is a random sample whatever order the file has.
     prompts = sorted(prompts, key=lambda p: position(p.prompt, "order"))
@@ -144,7 +155,19 @@ def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> 
     for side, rows in sides.items():
         _need(rows, f"{side} prompt", config.prompts)
         write_jsonl(out / f"{side}.jsonl", rows)
-    return {"rows/train": len(sides["train"]), "rows/heldout": len(sides["heldout"]), "rows/duplicates_removed": twice}
+    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: p.prompt)
+    problems = sorted(problems, key=lambda p: position(p.prompt, "order"))
+    counts = {}
+    for side in ("train", "heldout"):
+        rows = [p for p in problems if split_of(p.prompt, config.heldout_fraction) == side]
+        write_jsonl(out / f"problems_{side}.jsonl", rows)
+        counts[f"rows/problems_{side}"] = len(rows)
+    return {
+        "rows/train": len(sides["train"]),
+        "rows/heldout": len(sides["heldout"]),
+        **counts,
+        "rows/duplicates_removed": twice + twice_problems,
+    }
 
 
 def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:

@@ -138,7 +138,8 @@ prompts = data_asset(
     "prompts",
     PromptSet,
     PromptsConfig,
-    ("prompts",),
+    ("prompts", "problems"),
     build_prompts,
-    "Prompts with tags: train for critique-and-revise, held-out for the reports.",
+    "Prompts with tags and problems with answers: train for critique-and-revise and reinforcement learning, held-out for the "
+    "reports.",
 )

@@ -36,6 +36,7 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
 
         def stage() -> Stage:
             settings = checked_config(method.config, config.model_dump())
+            rules = constitution(context)
 
             def compute(work, log) -> Outcome:
                 trained, metrics = method.train(
@@ -45,6 +46,7 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                             n: tools.store.model_files(h) for n, h in inputs.items() if isinstance(h, Checkpoint | RewardModel)
                         },
                         folders={n: tools.store.path(h) for n, h in inputs.items()},
+                        prompt_tags=rules.prompt_tags,
                         work=work.folder,
                         out=work.out,
                         log=log,
@@ -64,7 +66,7 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                 config=settings,
                 code_version=method.code_version,
                 inputs=inputs,
-                constitution=constitution(context),
+                constitution=rules,
                 compute=compute,
                 model_artifact=True,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from alignment.training import Trained
 class Training:
     """What a method's training gets: the models and folders its inputs resolved to, and where to write.
 
-    `models` holds the model inputs by asset name, `folders` the artifact folder of every input.
+    `models` holds the model inputs by asset name, `folders` the artifact folder of every input, `prompt_tags` the tags of the
+    prompts that the constitution applies to.
     """
 
     models: Mapping[str, ModelFiles]
     folders: Mapping[str, Path]
+    prompt_tags: Sequence[str]
     work: Path
     out: Path
     log: Log
