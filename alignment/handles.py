@@ -36,7 +36,8 @@ class PreferenceDataset(Handle):
 
 
 class PromptSet(Handle):
-    """Prompts with tags: `train.jsonl`, `heldout.jsonl`; problems with answers: `problems_train.jsonl`, `problems_heldout.jsonl`."""
+    """Prompts with tags (`train.jsonl`, `heldout.jsonl`) and problems with answers (`problems_train.jsonl`,
+    `problems_heldout.jsonl`)."""
 
     kind: Literal["prompt_set"] = "prompt_set"
 
