@@ -1,8 +1,9 @@
-"""Measure a policy against the SFT checkpoint it came from, on held-out prompts only.
+"""Measure policies against the SFT checkpoint they came from, on held-out prompts only.
 
-The scores come from `evaluator`, a reward model that no policy was trained with. Both models answer every prompt with
-the same seeds; the difference is judged by a paired bootstrap over prompts. Guardrails beside it: answer length, EOS
-rate, over-refusal, perplexity on held-out demonstrations, KL from the SFT checkpoint.
+The SFT checkpoint answers once (`measure_sft`), every policy answers the same prompts with the same seeds and settings
+(`evaluate_policy`), and the difference is judged by a paired bootstrap over prompts. The scores come from `evaluator`, a
+reward model that no policy was trained with. Guardrails beside it: answer length, EOS rate, over-refusal, perplexity on
+held-out demonstrations, KL from the SFT checkpoint; and the share of held-out problems that are solved.
 """
 
 from __future__ import annotations
@@ -11,149 +12,252 @@ import gc
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from alignment.chat import IGNORE, training_example
+from alignment.chat import IGNORE, prompt_ids, training_example
 from alignment.errors import UserError
 from alignment.fingerprint import layout
 from alignment.generation import Completion, SamplingSettings, generate
-from alignment.likelihood import answer_log_probs, label_log_probs
+from alignment.likelihood import label_log_probs
 from alignment.models import Config, LoadSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer
 from alignment.progress import SILENT, Log
-from alignment.records import Conversation, Prompt
+from alignment.records import Conversation, Problem, Prompt, Record
 from alignment.refusals import is_refusal
 from alignment.reward import score
-from alignment.statistics import paired_bootstrap
+from alignment.rewards import Rollout, exact_answer, problem_task
+from alignment.statistics import paired_bootstrap, wilson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
-class ReportConfig(Config):
-    """Settings of the comparison."""
+class SftReportConfig(Config):
+    """Settings of the comparison: the SFT checkpoint and every policy answer the same prompts in the same way."""
 
-    sampling: SamplingSettings = Field(
-        SamplingSettings(temperature=0.7, max_new_tokens=128), description="How both models answer"
-    )
+    sampling: SamplingSettings = Field(SamplingSettings(temperature=0.7, max_new_tokens=128), description="How the models answer")
     samples_per_prompt: int = Field(1, ge=1, description="Answers per prompt and model; their mean score is compared")
     max_prompts: int = Field(0, ge=0, description="Use only this many held-out prompts; 0: all")
+    max_problems: int = Field(40, ge=0, description="Held-out problems with a known answer, answered greedily; 0: none")
     base_examples: int = Field(12, ge=0, description="Prompts that the base model answers too, for the table of generations")
     load: LoadSettings = Field(LoadSettings(), description="How the models are loaded")
     score_batch_size: int = Field(32, ge=1, **layout("Conversations scored at once"))
-    seed: int = Field(0, ge=0, description="Seed of the sampled answers and the bootstrap")
+    seed: int = Field(0, ge=0, description="Seed of the sampled answers")
 
 
-@dataclass
-class _Answers:
-    """What one model did: completions (prompts x samples, flat), evaluator's scores, and its perplexity."""
+class ReportConfig(Config):
+    """Settings of one policy's measurement. How it answers is decided by `sft_report`, so that both sides answer alike."""
 
-    completions: list[Completion]
-    scores: list[float] = field(default_factory=list)
-    nll: float = math.nan
+    load: LoadSettings = Field(LoadSettings(), description="How the models are loaded")
+    score_batch_size: int = Field(32, ge=1, **layout("Conversations scored at once"))
+
+
+class Heldout(Record):
+    """What models are measured on: held-out prompts of a constitution, plain demonstrations, problems."""
+
+    prompts: tuple[Prompt, ...]
+    demonstrations: tuple[Conversation, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+class Measured(Record):
+    """What one model did. Answers are flat, prompt by prompt: `samples` of each.
+
+    Attributes:
+        scores, rewards: the evaluator's and the reward model's score of each answer.
+        nll: nats per assistant token of the held-out demonstrations, NaN without any.
+        correct: for each problem, whether it was solved.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    settings: SftReportConfig
+    answers: tuple[Completion, ...]
+    scores: tuple[float, ...]
+    rewards: tuple[float, ...]
+    nll: float
+    correct: tuple[bool, ...]
+
+
+def measure_sft(
+    config: SftReportConfig,
+    *,
+    base: ModelFiles,
+    sft: ModelFiles,
+    evaluator: ModelFiles,
+    reward_model: ModelFiles,
+    heldout: Heldout,
+    log: Log = SILENT,
+) -> tuple[Measured, dict[str, float], list[dict]]:
+    """Let the SFT checkpoint (and, for a few prompts, the base model) answer. Returns what it did, metrics, a row per prompt.
+
+    Raises:
+        UserError: no held-out prompts.
+    """
+    heldout = _limited(heldout, config)
+    tokenizer = load_tokenizer(base.base)
+    with _loaded(sft, config.load) as model:
+        answers, nll, correct = _answer(model, tokenizer, config, heldout, log, "SFT")
+    examples: list[Completion] = []
+    if config.base_examples:
+        with _loaded(base, config.load) as model:
+            questions, seeds = _questions(config, heldout)
+            rows = min(config.base_examples, len(heldout.prompts)) * config.samples_per_prompt
+            questions, seeds = questions[:rows], seeds[:rows]
+            examples = generate(model, tokenizer, questions, config.sampling, seeds=seeds, log=log, what="base answers")
+    scores, rewards = _scored(config, config, tokenizer, heldout, answers, evaluator, reward_model, log)
+    measured = Measured(settings=config, answers=tuple(answers), scores=scores, rewards=rewards, nll=nll, correct=tuple(correct))
+    n = config.samples_per_prompt
+    table = [
+        {
+            "prompt": p.prompt,
+            "tags": ", ".join(p.tags),
+            "base": examples[i * n].text if i * n < len(examples) else "",
+            "sft": answers[i * n].text,
+            "score_sft": scores[i * n],
+        }
+        for i, p in enumerate(heldout.prompts)
+    ]
+    metrics = _side("sft", measured, heldout.prompts) | {"prompts": len(heldout.prompts)}
+    return measured, {k: v for k, v in metrics.items() if math.isfinite(v)}, table
 
 
 def evaluate_policy(
     config: ReportConfig,
     *,
-    base: ModelFiles,
+    theirs: Measured,
+    base_rows: Sequence[Mapping],
     sft: ModelFiles,
     policy: ModelFiles,
     evaluator: ModelFiles,
-    reward_model: ModelFiles | None,
-    prompts: Sequence[Prompt],
-    demonstrations: Sequence[Conversation],
+    reward_model: ModelFiles,
+    heldout: Heldout,
     log: Log = SILENT,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Compare `policy` with `sft`. Returns metrics (gain and its interval, win rate, guardrails) and a row per prompt.
+    """Compare `policy` with the SFT checkpoint. Returns metrics (gain with interval, win rate, guardrails) and a row per prompt.
 
-    Raises:
-        UserError: no held-out prompts.
+    Args:
+        theirs: what `measure_sft` returned for the same held-out data; its settings hold here, too.
+        base_rows: the table of `measure_sft`, which this one continues.
     """
-    if not prompts:
-        raise UserError("there are no held-out prompts for this constitution. Remedy: add prompts with its tags.")
-    prompts = list(prompts)[: config.max_prompts or None]
-    n = config.samples_per_prompt
-    questions = [[{"role": "user", "content": p.prompt}] for p in prompts for _ in range(n)]
-    seeds = [_seed(config.seed, p.id, k) for p in prompts for k in range(n)]
-    tokenizer = load_tokenizer(base.base)
+    settings = theirs.settings
+    heldout = _limited(heldout, settings)
+    tokenizer = load_tokenizer(policy.base)
+    questions, _ = _questions(settings, heldout)
 
-    def sample(model: PreTrainedModel, name: str, rows: int | None = None) -> list[Completion]:
-        return generate(model, tokenizer, questions[:rows], config.sampling, seeds=seeds[:rows], log=log, what=f"{name} answers")
-
-    def log_probs_of_ours(model: PreTrainedModel) -> list[float]:
-        texts, ended = [c.text for c in ours.completions], [c.ended for c in ours.completions]
-        return answer_log_probs(model, tokenizer, questions, texts, config.score_batch_size, ended)
+    def log_probs(model: PreTrainedModel) -> list[float]:
+        before = [prompt_ids(tokenizer, q) for q in questions]
+        rows = [([*p, *c.ids], [IGNORE] * len(p) + list(c.ids)) for p, c in zip(before, answers, strict=True)]
+        return label_log_probs(model, tokenizer, rows, config.score_batch_size)
 
     with _loaded(policy, config.load) as model:
-        ours = _Answers(sample(model, "policy"), nll=_nll(model, tokenizer, demonstrations, config.score_batch_size))
-        logps = log_probs_of_ours(model)
+        answers, nll, correct = _answer(model, tokenizer, settings, heldout, log, "policy")
+        log_probs_policy = log_probs(model)
     with _loaded(sft, config.load) as model:
-        theirs = _Answers(sample(model, "SFT"), nll=_nll(model, tokenizer, demonstrations, config.score_batch_size))
-        sft_logps = log_probs_of_ours(model)
-    base_answers: list[Completion] = []
-    if config.base_examples:
-        with _loaded(base, config.load) as model:
-            base_answers = sample(model, "base", min(config.base_examples, len(prompts)) * n)
-    ours.scores, theirs.scores = _scores(evaluator, config, tokenizer, questions, ours, theirs, log, "evaluator")
-    rewards = _scores(reward_model, config, tokenizer, questions, ours, theirs, log, "reward model") if reward_model else None
-    metrics = _metrics(prompts, n, ours, theirs, rewards)
-    metrics["kl/from_sft_per_token"] = _mean(
-        [(a - b) / max(c.tokens, 1) for a, b, c in zip(logps, sft_logps, ours.completions, strict=True)]
-    )
-    metrics["kl/from_sft"] = _mean([a - b for a, b in zip(logps, sft_logps, strict=True)])
-    table = [
-        {
-            "prompt": p.prompt,
-            "tags": ", ".join(p.tags),
-            "base": base_answers[i * n].text if i * n < len(base_answers) else "",
-            "sft": theirs.completions[i * n].text,
-            "policy": ours.completions[i * n].text,
-            "score_sft": theirs.scores[i * n],
-            "score_policy": ours.scores[i * n],
+        log_probs_sft = log_probs(model)
+    scores, rewards = _scored(config, settings, tokenizer, heldout, answers, evaluator, reward_model, log)
+    ours = Measured(settings=settings, answers=tuple(answers), scores=scores, rewards=rewards, nll=nll, correct=tuple(correct))
+    metrics = _compared(ours, theirs, heldout.prompts)
+    kl = [a - b for a, b in zip(log_probs_policy, log_probs_sft, strict=True)]
+    metrics["kl/from_sft"] = _mean(kl)
+    metrics["kl/from_sft_per_token"] = _mean([k / max(c.tokens, 1) for k, c in zip(kl, answers, strict=True)])
+    n = settings.samples_per_prompt
+    table = [{**row, "policy": answers[i * n].text, "score_policy": scores[i * n]} for i, row in enumerate(base_rows)]
+    return {k: v for k, v in metrics.items() if math.isfinite(v)}, table
+
+
+def _limited(heldout: Heldout, config: SftReportConfig) -> Heldout:
+    if not heldout.prompts:
+        raise UserError("there are no held-out prompts for this constitution. Remedy: add prompts with its tags.")
+    return heldout.model_copy(
+        update={
+            "prompts": heldout.prompts[: config.max_prompts or None],
+            "problems": heldout.problems[: config.max_problems],
         }
-        for i, p in enumerate(prompts)
-    ]
-    return metrics, table
+    )
 
 
-def _metrics(
-    prompts: Sequence[Prompt], n: int, ours: _Answers, theirs: _Answers, rewards: tuple[list[float], list[float]] | None
-) -> dict[str, float]:
-    per_prompt = [_mean(ours.scores[i * n : i * n + n]) for i in range(len(prompts))]
-    per_prompt_sft = [_mean(theirs.scores[i * n : i * n + n]) for i in range(len(prompts))]
-    gain = paired_bootstrap(per_prompt, per_prompt_sft)
-    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(per_prompt, per_prompt_sft, strict=True)]
-    win = paired_bootstrap(wins, [0.0] * len(wins))
-    out = {
+def _questions(config: SftReportConfig, heldout: Heldout) -> tuple[list[list[dict[str, str]]], list[int]]:
+    n = config.samples_per_prompt
+    questions = [[{"role": "user", "content": p.prompt}] for p in heldout.prompts for _ in range(n)]
+    return questions, [_seed(config.seed, p.id, k) for p in heldout.prompts for k in range(n)]
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SftReportConfig,
+    heldout: Heldout,
+    log: Log,
+    name: str,
+) -> tuple[list[Completion], float, list[bool]]:
+    questions, seeds = _questions(config, heldout)
+    answers = generate(model, tokenizer, questions, config.sampling, seeds=seeds, log=log, what=f"{name} answers")
+    tasks = [problem_task(p) for p in heldout.problems]
+    greedy = config.sampling.model_copy(update={"temperature": 0.0})
+    solved = generate(model, tokenizer, [list(t.messages) for t in tasks], greedy, log=log, what=f"{name} solutions")
+    correct = exact_answer([Rollout(t, c.text, c.ended) for t, c in zip(tasks, solved, strict=True)])
+    return answers, _nll(model, tokenizer, heldout.demonstrations, config.score_batch_size), [c == 1 for c in correct]
+
+
+def _scored(config, settings: SftReportConfig, tokenizer, heldout: Heldout, answers, evaluator, reward_model, log) -> tuple:
+    questions, _ = _questions(settings, heldout)
+    finished = [[*q, {"role": "assistant", "content": c.text or " "}] for q, c in zip(questions, answers, strict=True)]
+    out = []
+    for files, what in ((evaluator, "evaluator"), (reward_model, "reward model")):
+        scorer = load_reward_model(files, config.load, tokenizer=tokenizer)
+        out.append(tuple(score(scorer, tokenizer, finished, config.score_batch_size, log, what)))
+        del scorer
+        gc.collect()
+    return tuple(out)
+
+
+def _compared(ours: Measured, theirs: Measured, prompts: Sequence[Prompt]) -> dict[str, float]:
+    n = ours.settings.samples_per_prompt
+    a, b = (_per_prompt(m.scores, n) for m in (ours, theirs))
+    gain = paired_bootstrap(a, b)
+    win = paired_bootstrap([1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True)], [0.0] * len(a))
+    return {
         "evaluator/gain": gain.value,
         "evaluator/gain_low": gain.low,
         "evaluator/gain_high": gain.high,
-        "evaluator/score_policy": _mean(per_prompt),
-        "evaluator/score_sft": _mean(per_prompt_sft),
         "win_rate": win.value,
         "win_rate_low": win.low,
         "win_rate_high": win.high,
+        "reward_model/gain": _mean(ours.rewards) - _mean(theirs.rewards),
         "prompts": len(prompts),
-        "perplexity/policy": math.exp(ours.nll),
-        "perplexity/sft": math.exp(theirs.nll),
+        **_side("policy", ours, prompts),
+        **_side("sft", theirs, prompts),
     }
-    if rewards:
-        out["reward_model/gain"] = _mean(rewards[0]) - _mean(rewards[1])
+
+
+def _side(name: str, measured: Measured, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """One model's own numbers."""
+    n = measured.settings.samples_per_prompt
+    out = {
+        f"evaluator/score_{name}": _mean(measured.scores),
+        f"reward_model/score_{name}": _mean(measured.rewards),
+        f"perplexity/{name}": math.exp(measured.nll),
+        f"length/{name}": _mean([c.tokens for c in measured.answers]),
+        f"eos_rate/{name}": _mean([float(c.ended) for c in measured.answers]),
+    }
     intent = [p.tags for p in prompts for _ in range(n)]
-    for name, answers in (("policy", ours), ("sft", theirs)):
-        done = answers.completions
-        out[f"length/{name}"] = _mean([c.tokens for c in done])
-        out[f"eos_rate/{name}"] = _mean([float(c.ended) for c in done])
-        for label, tags in (("refusal", {"harmful-intent"}), ("over_refusal", {"benign", "borderline-but-fine"})):
-            hits = [float(is_refusal(c.text)) for c, t in zip(done, intent, strict=True) if tags & set(t)]
-            if hits:
-                out[f"{label}_rate/{name}"] = _mean(hits)
+    for label, tags in (("refusal", {"harmful-intent"}), ("over_refusal", {"benign", "borderline-but-fine"})):
+        hits = [float(is_refusal(c.text)) for c, t in zip(measured.answers, intent, strict=True) if tags & set(t)]
+        if hits:
+            out[f"{label}_rate/{name}"] = _mean(hits)
+    if measured.correct:
+        solved = wilson(sum(measured.correct), len(measured.correct))
+        out |= {f"problems/solved_{name}": solved.value, f"problems/solved_{name}_low": solved.low}
+        out[f"problems/solved_{name}_high"] = solved.high
     return out
+
+
+def _per_prompt(values: Sequence[float], n: int) -> list[float]:
+    return [_mean(values[i : i + n]) for i in range(0, len(values), n)]
 
 
 class _loaded:
@@ -169,26 +273,6 @@ class _loaded:
     def __exit__(self, *_: object) -> None:
         del self._model
         gc.collect()
-
-
-def _scores(
-    files: ModelFiles,
-    config: ReportConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Sequence[Mapping[str, str]]],
-    ours: _Answers,
-    theirs: _Answers,
-    log: Log,
-    what: str,
-) -> tuple[list[float], list[float]]:
-    model = load_reward_model(files, config.load, tokenizer=tokenizer)
-    conversations = [
-        [*q, {"role": "assistant", "content": c.text or " "}]
-        for answers in (ours, theirs)
-        for q, c in zip(questions, answers.completions, strict=True)
-    ]
-    scores = score(model, tokenizer, conversations, config.score_batch_size, log, what)
-    return scores[: len(questions)], scores[len(questions) :]
 
 
 def _nll(model, tokenizer, conversations: Sequence[Conversation], batch_size: int) -> float:

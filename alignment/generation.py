@@ -1,8 +1,9 @@
 """Batched sampling whose result depends on the prompt and its seed, not on the batch it happened to be in.
 
 Rows are sorted by length so that a batch holds little padding. Sampling draws from the top-k tokens by the Gumbel-max
-trick (argmax of logit / temperature + Gumbel noise equals a draw from the softmax), with noise from a generator per
-row; batch size and order therefore change nothing but rounding.
+trick (argmax of logit / temperature + Gumbel noise equals a draw from the softmax), or from the whole vocabulary by
+inverting the cumulative distribution at one uniform number a token, with noise from a generator per row; batch size and
+order therefore change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class SamplingSettings(Config):
 
     max_new_tokens: int = Field(128, ge=1, description="An answer is cut after this many tokens")
     temperature: float = Field(0.7, ge=0, description="Softmax temperature; 0 takes the likeliest token (greedy)")
-    top_k: int = Field(50, ge=1, description="Sample from the k likeliest tokens only")
+    top_k: int = Field(50, ge=0, description="Sample from the k likeliest tokens only; 0: from all")
     repetition_penalty: float = Field(
         1.0,
         ge=1,
@@ -40,11 +41,12 @@ class SamplingSettings(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled answer: its text, its number of tokens (EOS included), and whether it ended by itself."""
+    """A sampled answer: its text, its token ids (EOS included), their number, and whether it ended by itself."""
 
     text: str
     tokens: int
     ended: bool
+    ids: tuple[int, ...] = ()
 
 
 def generate(
@@ -84,7 +86,8 @@ def generate(
             ended = tokenizer.eos_token_id in row
             kept = row[: row.index(tokenizer.eos_token_id)] if ended else row
             text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-            done[i] = Completion(text, len(kept) + ended, ended)
+            sampled = tuple(row[: len(kept) + ended])
+            done[i] = Completion(text, len(sampled), ended, sampled)
         progress.advance(len(rows))
     return [done[i] for i in range(len(prompts))]
 
@@ -112,7 +115,7 @@ def _generate_batch(
     if settings.temperature > 0:
         if seeds is None:
             raise ValueError("temperature > 0 needs a seed per conversation")
-        noise = _gumbel_noise(settings, seeds)
+        noise = _gumbel_noise(settings, seeds) if settings.top_k else _uniform_noise(settings, seeds)
     out = torch.full((len(ids), settings.max_new_tokens), tokenizer.pad_token_id)
     rows, ids, mask = torch.arange(len(ids)), ids.to(model.device), mask.to(model.device)
     cache = growing_cache(model, limit)
@@ -127,7 +130,7 @@ def _generate_batch(
                 do_sample=False,
                 repetition_penalty=settings.repetition_penalty,
                 begin_suppress_tokens=barred if ids.shape[1] == width else None,
-                logits_processor=LogitsProcessorList([] if noise is None else [_seeded_top_k(settings, noise[rows], width)]),
+                logits_processor=LogitsProcessorList([] if noise is None else [_seeded(settings, noise[rows], width)]),
                 stopping_criteria=StoppingCriteriaList([] if cache is None else [_enough_ended(width, eos, len(rows))]),
                 past_key_values=cache,
                 pad_token_id=tokenizer.pad_token_id,
@@ -231,16 +234,30 @@ def _gumbel_noise(settings: SamplingSettings, seeds: Sequence[int]) -> torch.Ten
     return -torch.log(-torch.log(noise.clamp(1e-12, 1 - 1e-12)))
 
 
-def _seeded_top_k(settings: SamplingSettings, gumbel: torch.Tensor, prompt_width: int):
+def _uniform_noise(settings: SamplingSettings, seeds: Sequence[int]) -> torch.Tensor:
+    """(B, max_new_tokens, 1): row by row from a generator of its own."""
+    import torch
+
+    shape = (settings.max_new_tokens, 1)
+    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds])
+
+
+def _seeded(settings: SamplingSettings, noise: torch.Tensor, prompt_width: int):
     import torch
     from transformers import LogitsProcessor
 
-    class SeededTopK(LogitsProcessor):
+    class Seeded(LogitsProcessor):
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-            step = input_ids.shape[1] - prompt_width
-            values, indices = scores.float().topk(min(settings.top_k, scores.shape[-1]), dim=-1)
-            noisy = values / settings.temperature + gumbel[:, step, : values.shape[-1]].to(values)
-            choice = indices.gather(-1, noisy.argmax(-1, keepdim=True))
+            step_noise = noise[:, input_ids.shape[1] - prompt_width]
+            if settings.top_k:
+                values, indices = scores.float().topk(min(settings.top_k, scores.shape[-1]), dim=-1)
+                noisy = values / settings.temperature + step_noise[:, : values.shape[-1]].to(values)
+                choice = indices.gather(-1, noisy.argmax(-1, keepdim=True))
+            else:
+                cumulative = (scores.float() / settings.temperature).softmax(-1).cumsum(-1)
+                # The sum may end a rounding error below 1; the draw is a share of where it ends.
+                choice = torch.searchsorted(cumulative, step_noise.to(cumulative) * cumulative[:, -1:], right=True)
+                choice = choice.clamp(max=scores.shape[-1] - 1)
             return torch.full_like(scores, float("-inf")).scatter_(-1, choice, 0.0)
 
-    return SeededTopK()
+    return Seeded()

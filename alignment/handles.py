@@ -56,6 +56,13 @@ class RewardModel(Handle):
     adapter_of: Checkpoint | None = Field(None, description="The full model the adapter belongs to")
 
 
+class SftReport(Handle):
+    """What the SFT checkpoint answers to held-out prompts, which policies are compared with: `measured.json`,
+    `generations.jsonl`."""
+
+    kind: Literal["sft_report"] = "sft_report"
+
+
 class PolicyReport(Handle):
     """A policy measured against the SFT checkpoint on held-out prompts: `report.json`, `generations.jsonl`."""
 
@@ -74,7 +81,7 @@ class Champion(Handle):
 
 
 AnyHandle = Annotated[
-    SftDataset | PreferenceDataset | PromptSet | Checkpoint | RewardModel | PolicyReport | Champion,
+    SftDataset | PreferenceDataset | PromptSet | Checkpoint | RewardModel | SftReport | PolicyReport | Champion,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[AnyHandle] = TypeAdapter(AnyHandle)

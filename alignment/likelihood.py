@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from alignment.chat import IGNORE, prompt_ids
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = tuple[list[int], list[int]]  # input ids and labels of equal length; labels are -100 where nothing is asked
@@ -43,19 +44,29 @@ def label_log_probs(
             targets = labels[:, 1:].to(model.device)
             wanted = targets != IGNORE
             if plain is None:
-                plain = _only_projects(inner, {name: tensor[:1] for name, tensor in batch.items()})
-            if plain:
-                states = getattr(inner, inner.base_model_prefix)(**batch)[0][:, :-1]
-                logits = inner.get_output_embeddings()(states[wanted]).float()
-            else:
-                logits = model(**batch).logits[:, :-1][wanted].float()
+                plain = only_projects(inner, {name: tensor[:1] for name, tensor in batch.items()})
+            logits = next_token_logits(inner, batch, wanted, plain)
             logp = logits.log_softmax(-1).gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
             sums = torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp).sum(-1)
         out |= dict(zip(picks, sums.tolist(), strict=True))
     return [out[i] for i in range(len(rows))]
 
 
-def _only_projects(model: PreTrainedModel, batch: dict) -> bool:
+def next_token_logits(model: PreTrainedModel, batch: dict, wanted: torch.Tensor, plain: bool) -> torch.Tensor:
+    """(N, V) float32 logits of the tokens that follow the N `wanted` positions ((B, T - 1), true where asked), row by row.
+
+    Args:
+        model: a causal language model without a PEFT wrapper around it (adapters inside its layers are applied).
+        plain: what `only_projects` says of it.
+    """
+    if plain:
+        states = getattr(model, model.base_model_prefix)(**batch)[0][:, :-1]
+        return model.get_output_embeddings()(states[wanted]).float()
+    return model(**batch).logits[:, :-1][wanted].float()
+
+
+def only_projects(model: PreTrainedModel, batch: dict) -> bool:
+    """Whether a model's logits are its last hidden states times the output embeddings, and nothing more."""
     states = getattr(model, model.base_model_prefix)(**batch)[0][:, :1]
     logits = model(**batch).logits[:, :1].float()
     projected = model.get_output_embeddings()(states.contiguous()).float()

@@ -5,12 +5,12 @@ import json
 import dagster as dg
 
 from alignment.evaluation import CODE_VERSION as REPORT_VERSION
-from alignment.evaluation import ReportConfig, evaluate_policy
-from alignment.handles import Checkpoint, PolicyReport, PromptSet, RewardModel, SftDataset
+from alignment.evaluation import Measured, ReportConfig, evaluate_policy
+from alignment.handles import Checkpoint, PolicyReport, PromptSet, RewardModel, SftDataset, SftReport
 from alignment.methods import METHODS, Method, Training
-from alignment.readers import read_conversations, read_prompts
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
+from assets.sft_report import heldout_data, write_table
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
 from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
@@ -92,8 +92,8 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext,
         config: LaunchConfig,  # type: ignore[valid-type]
         policy: Checkpoint,
-        base_model: Checkpoint,
         sft_checkpoint: Checkpoint,
+        sft_report: SftReport,
         evaluator: RewardModel,
         reward_model: RewardModel,
         prompts: PromptSet,
@@ -107,23 +107,24 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
             rules = constitution(context)
 
             def compute(work, log) -> Outcome:
-                heldout = read_prompts(store.path(prompts) / "heldout.jsonl")
+                folder = store.path(sft_report)
+                lines = (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
                 metrics, table = evaluate_policy(
                     settings,
-                    base=store.model_files(base_model),
+                    theirs=Measured.model_validate_json((folder / "measured.json").read_text(encoding="utf-8")),
+                    base_rows=[json.loads(line) for line in lines],
                     sft=store.model_files(sft_checkpoint),
                     policy=store.model_files(policy),
                     evaluator=store.model_files(evaluator),
                     reward_model=store.model_files(reward_model),
-                    prompts=[p for p in heldout if set(p.tags) & set(rules.prompt_tags)],
-                    demonstrations=read_conversations(store.path(sft_dataset) / "heldout.jsonl"),
+                    heldout=heldout_data(store, rules, prompts, sft_dataset),
                     log=log,
                 )
-                metrics["seconds_to_train"] = store.record(policy.asset, policy.fingerprint).seconds
+                training = store.record(policy.asset, policy.fingerprint)
+                metrics |= {"training/seconds": training.seconds, "training/peak_memory_gb": training.peak_memory_gb}
                 report = {"method": name, "policy": policy.fingerprint, "metrics": metrics}
                 (work.out / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in table]
-                (work.out / "generations.jsonl").write_text("".join(lines), encoding="utf-8")
+                write_table(work.out / "generations.jsonl", table)
                 return Outcome(
                     metrics=metrics,
                     tables={"generations": table},
@@ -137,8 +138,8 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
                 code_version=REPORT_VERSION,
                 inputs={
                     "policy": policy,
-                    "base_model": base_model,
                     "sft_checkpoint": sft_checkpoint,
+                    "sft_report": sft_report,
                     "evaluator": evaluator,
                     "reward_model": reward_model,
                     "prompts": prompts,
@@ -162,9 +163,14 @@ def _summary(name: str, m: dict[str, float]) -> str:
         f"| answers that end by themselves | {m['eos_rate/policy']:.0%} | {m['eos_rate/sft']:.0%} |",
         f"| perplexity on held-out demonstrations | {m['perplexity/policy']:.2f} | {m['perplexity/sft']:.2f} |",
     ]
-    for label, key in (("refuses harmful prompts", "refusal_rate"), ("refuses harmless prompts", "over_refusal_rate")):
-        if f"{key}/policy" in m:
-            lines.append(f"| {label} | {m[f'{key}/policy']:.0%} | {m[f'{key}/sft']:.0%} |")
+    for label, key in (
+        ("refuses harmful prompts", "refusal_rate/{}"),
+        ("refuses harmless prompts", "over_refusal_rate/{}"),
+        ("solves held-out problems", "problems/solved_{}"),
+    ):
+        ours, theirs = key.format("policy"), key.format("sft")
+        if ours in m:
+            lines.append(f"| {label} | {m[ours]:.0%} | {m[theirs]:.0%} |")
     gain = f"{m['evaluator/gain']:+.3f}, 95 % interval [{m['evaluator/gain_low']:+.3f}, {m['evaluator/gain_high']:+.3f}]"
     return "\n".join(lines) + f"\n\nGain over SFT: {gain}; wins {m['win_rate']:.0%} of {m['prompts']:.0f} prompts."
 

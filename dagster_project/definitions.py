@@ -10,6 +10,7 @@ from assets.policies import policies, reports
 from assets.reward_models import evaluator, human_reward_model, reward_model
 from assets.settings import check_recipe
 from assets.sft import sft_checkpoint
+from assets.sft_report import sft_report
 from dagster_project.jobs import alignment_job
 from dagster_project.resources import resources
 from dagster_project.schedules import weekly_retraining
@@ -29,6 +30,7 @@ defs = dg.Definitions(
         constitutional_preference_pairs,
         reward_model,
         evaluator,
+        sft_report,
         *policies,
         *reports,
         champion,

@@ -1,0 +1,363 @@
+"""PPO's four roles - policy, reference, critic, reward model - on one loaded base, or as a model each.
+
+RLHF is said to need four models in memory. With adapters it needs one: whichever roles stand on the same base become
+adapters of one loaded model, with a small head where they need one, and a role is played by switching its adapter on.
+A role that cannot share gets a model of its own: a reward model over another base, or weights that are all trained.
+
+Reference and policy are computed in exactly the same way, so that before the first step their difference is exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.errors import UserError
+from alignment.likelihood import next_token_logits, only_projects
+from alignment.models import (
+    LoadSettings,
+    LoraSettings,
+    ModelFiles,
+    load_causal_lm,
+    load_reward_model,
+    lora_config,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
+
+
+@dataclass
+class Sequences:
+    """A batch of right-padded texts, and which of their tokens are asked for.
+
+    Attributes:
+        input_ids, attention_mask: (B, T).
+        wanted: (B, T - 1), true at t where token t + 1 was sampled. N is the number of true entries.
+        targets: (N,), the sampled tokens, row by row.
+        counts: sampled tokens per row; they sum to N.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    wanted: torch.Tensor
+    targets: torch.Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, device: Any) -> Sequences:
+        """From (prompt ids, sampled ids) of each row."""
+        import torch
+
+        width = max(len(p) + len(a) for p, a in rows)
+        ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros_like(ids)
+        wanted = torch.zeros((len(rows), width - 1), dtype=torch.bool)
+        for i, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = torch.tensor([*prompt, *answer])
+            mask[i, :end] = 1
+            wanted[i, len(prompt) - 1 : end - 1] = True
+        targets = ids[:, 1:][wanted]
+        return cls(ids.to(device), mask.to(device), wanted.to(device), targets.to(device), [len(a) for _, a in rows])
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a model's forward takes."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+class LanguageRole:
+    """A causal language model: the policy or the reference."""
+
+    def __init__(self, model: PreTrainedModel, adapters: PeftModel | None, name: str, *, without_adapter: bool = False) -> None:
+        self._model, self._adapters, self._name, self._bare = model, adapters, name, without_adapter
+        self._plain: bool | None = None
+
+    def log_probs(self, batch: Sequences, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N,) log-probabilities of the sampled tokens, in float32 nats, under the distribution that was sampled from, the
+        softmax of logits / temperature. Where no gradient is computed, (N,) entropies of that distribution, too."""
+        import torch
+
+        with self.active(), computing_in(self._model):
+            if self._plain is None:
+                with torch.no_grad():
+                    self._plain = only_projects(self._model, {k: v[:1] for k, v in batch.inputs.items()})
+            logits = next_token_logits(self._model, batch.inputs, batch.wanted, self._plain)
+        with torch.autocast(logits.device.type, enabled=False):
+            all_log_probs = (logits / temperature).log_softmax(-1)
+            entropy = None if torch.is_grad_enabled() else -(all_log_probs.exp() * all_log_probs).sum(-1)
+            return all_log_probs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1), entropy
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The model with this role's adapter switched on."""
+        if self._adapters is None:
+            yield self._model
+            return
+        switch_on(self._adapters, self._name)
+        with self._adapters.disable_adapter() if self._bare else nullcontext():
+            yield self._model
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that training moves, by name."""
+        if self._adapters is None:
+            return dict(self._model.named_parameters())
+        return adapter_parameters(self._adapters, self._name)
+
+    @contextmanager
+    def sampling(self) -> Iterator[PreTrainedModel]:
+        """The model in the form that is fastest to sample from: adapter weights in the base's precision while it lasts."""
+        import torch
+
+        with self.active() as model:
+            dtype = model.get_input_embeddings().weight.dtype
+            kept = {}
+            if self._adapters is not None and dtype != torch.float32:
+                kept = {p: p.data for p in self.trainable().values()}
+            try:
+                for parameter, data in kept.items():
+                    parameter.data = data.to(dtype)
+                yield model
+            finally:
+                for parameter, data in kept.items():
+                    parameter.data = data
+
+
+class CriticRole:
+    """A value per sampled token: a backbone and a linear head without bias."""
+
+    def __init__(self, model: PreTrainedModel, adapters: PeftModel | None, head: torch.Tensor) -> None:
+        import torch
+
+        self._model, self._adapters = model, adapters
+        self.head = torch.nn.Parameter(head.detach().float().clone().to(model.device))  # (1, hidden size)
+
+    def values(self, batch: Sequences) -> torch.Tensor:
+        """(N,) float32: the return expected before each sampled token is drawn."""
+        import torch
+
+        if self._adapters is not None:
+            switch_on(self._adapters, CRITIC)
+        with computing_in(self._model):
+            states = backbone(self._model)(**batch.inputs)[0][:, :-1][batch.wanted]
+        with torch.autocast(states.device.type, enabled=False):
+            return (states.float() @ self.head.T).squeeze(-1)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that training moves, by name; the value head is among them."""
+        if self._adapters is not None:
+            return adapter_parameters(self._adapters, CRITIC) | {"head": self.head}
+        return {n: p for n, p in backbone(self._model).named_parameters() if p.requires_grad} | {"head": self.head}
+
+
+class SharedScorer:
+    """The reward model as an adapter of the shared base, with the forward of a sequence classifier: `logits` (B, 1)."""
+
+    def __init__(self, model: PreTrainedModel, adapters: PeftModel, head: torch.Tensor) -> None:
+        self._model, self._adapters, self._head = model, adapters, head.to(model.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self._model.device
+
+    def eval(self) -> None:
+        """Nothing to do: the shared model is never in training mode."""
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        """Scores at the last token of each row."""
+        import torch
+        from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+        switch_on(self._adapters, REWARD)
+        states = backbone(self._model)(input_ids=input_ids, attention_mask=attention_mask)[0]
+        last = states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
+        return SequenceClassifierOutputWithPast(logits=last @ self._head.to(last.dtype).T)
+
+
+@dataclass
+class Roles:
+    """The four roles. `scorer` is anything `alignment.reward.score` takes, None where no reward model is used."""
+
+    policy: LanguageRole
+    reference: LanguageRole
+    critic: CriticRole
+    scorer: Any
+    policy_model: PreTrainedModel
+    """What is saved: a PEFT model whose adapter `default` is the policy's, or the full model."""
+
+
+def make_roles(
+    sft: ModelFiles,
+    reward: ModelFiles | None,
+    load: LoadSettings,
+    *,
+    lora: LoraSettings,
+    full: bool,
+    share_base: bool,
+    critic_from_reward: bool,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+) -> Roles:
+    """Load the roles of a PPO run.
+
+    Args:
+        sft: the policy before training, and the reference.
+        reward: the reward model, None where no reward function uses one.
+        lora: the policy's new adapter where `sft` is a full model, and the critic's where it has no adapter to start from.
+        full: train all weights of policy and critic; each role then is a model of its own.
+        share_base: roles that stand on the same base share it. False gives each a model of its own (for comparison).
+        critic_from_reward: the critic starts as a copy of the reward model, head included, and else from the SFT checkpoint with
+            a head of zeros.
+
+    Raises:
+        UserError: all weights are to be trained of a checkpoint that is an adapter.
+    """
+    if full and sft.adapter is not None:
+        raise UserError(
+            "aligned_policy/ppo.finetuning: full needs an SFT checkpoint that is a full model, and this one is an adapter. "
+            "Remedy: set sft_checkpoint.finetuning to full, or this to lora."
+        )
+    from_reward = critic_from_reward and reward is not None
+    shared = share_base and not full
+    if full:
+        load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates
+    policy_model = load_causal_lm(sft, load, trainable=full or sft.adapter is not None)
+    if not full and sft.adapter is None:
+        policy_model = _new_adapter(policy_model, lora, seed)
+    policy_model.eval()  # no dropout: the ratio between two passes is to measure the update alone
+    inner = policy_model if full else policy_model.get_base_model()
+    peft = None if full else policy_model
+    policy = LanguageRole(inner, peft, POLICY)
+    if shared and sft.adapter is not None:
+        _add_adapter(peft, sft.adapter, REFERENCE)
+        reference = LanguageRole(inner, peft, REFERENCE)
+    elif shared:
+        reference = LanguageRole(inner, peft, POLICY, without_adapter=True)
+    else:
+        # Not merged: merging rounds, and the difference between policy and reference is to begin at exactly 0.
+        other = load_causal_lm(sft, load, trainable=sft.adapter is not None).eval().requires_grad_(False)
+        reference = (
+            LanguageRole(other, None, POLICY) if sft.adapter is None else LanguageRole(other.get_base_model(), other, POLICY)
+        )
+    on_shared = shared and reward is not None and reward.adapter is not None and reward.base == sft.base
+    scorer, head = None, None
+    if on_shared:
+        head = _add_adapter(peft, reward.adapter, REWARD)
+        scorer = SharedScorer(inner, peft, head)
+    elif reward is not None:
+        scorer = load_reward_model(reward, load, tokenizer=reward_tokenizer).requires_grad_(False)
+    if on_shared and from_reward:
+        _add_adapter(peft, reward.adapter, CRITIC, trainable=True)
+        critic = CriticRole(inner, peft, head)
+    elif shared:
+        start = sft.adapter
+        if from_reward:
+            raise UserError(
+                "aligned_policy/ppo.critic_start: the reward model stands on another base than the policy, and the critic shares "
+                "the policy's. Remedy: set critic_start to sft, or share_base to false."
+            )
+        if start is not None:
+            _add_adapter(peft, start, CRITIC, trainable=True)
+        else:
+            peft.add_adapter(CRITIC, lora_config(lora, inner, "CAUSAL_LM"))
+        critic = CriticRole(inner, peft, _zeros(inner))
+    else:
+        critic = _own_critic(sft, reward if from_reward else None, load, reward_tokenizer, full, lora, seed)
+    policy_model.eval()  # new adapters come in training mode, and adding a frozen one freezes the active one
+    if peft is not None:
+        peft.set_adapter(POLICY)
+    return Roles(policy, reference, critic, scorer, policy_model)
+
+
+def switch_on(adapters: PeftModel, name: str) -> None:
+    """Make `name` the one active adapter. Gradients are asked for where training moves weights, and nowhere else."""
+    if adapters.active_adapter != name:
+        adapters.set_adapter(name, inference_mode=name not in (POLICY, CRITIC))
+
+
+def adapter_parameters(adapters: PeftModel, name: str) -> dict[str, torch.nn.Parameter]:
+    """The parameters of one adapter, by name."""
+    switch_on(adapters, name)
+    return {n: p for n, p in adapters.named_parameters() if p.requires_grad}
+
+
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its head: its first output is the (B, T, hidden size) states."""
+    return getattr(model, model.base_model_prefix)
+
+
+@contextmanager
+def computing_in(model: PreTrainedModel) -> Iterator[None]:
+    """Autocast to the base's precision where that is 16 bit; adapters keep float32 weights."""
+    import torch
+    from peft.helpers import disable_input_dtype_casting
+
+    dtype = model.get_input_embeddings().weight.dtype
+    half = dtype != torch.float32
+    # Under autocast PEFT's own cast of every input to float32 would be undone at once.
+    with torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half), disable_input_dtype_casting(model, half):
+        yield
+
+
+def _new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:
+    import torch
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, lora_config(lora, model, "CAUSAL_LM"))
+
+
+def _add_adapter(peft: PeftModel, folder: Path, name: str, *, trainable: bool = False) -> torch.Tensor | None:
+    """Put a saved adapter beside the policy's. Returns the (1, hidden size) score head saved with it, if any."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = LoraConfig.from_pretrained(str(folder))
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, not trainable
+    weights = load_peft_weights(str(folder), device="cpu")
+    heads = [key for key in weights if key.endswith("score.weight")]
+    head = weights.pop(heads[0]) if heads else None
+    dtype = peft.get_base_model().get_input_embeddings().weight.dtype
+    peft.add_adapter(name, config)
+    if not trainable:
+        # Frozen: the precision it is computed in anyway.
+        for key, parameter in peft.named_parameters():
+            if f".{name}." in key:
+                parameter.data = parameter.data.to(dtype)
+    result = set_peft_model_state_dict(peft, weights, adapter_name=name)
+    if result.unexpected_keys:
+        raise UserError(f"{folder}: its adapter does not fit the base model: unknown weights {result.unexpected_keys[:2]}.")
+    return head
+
+
+def _own_critic(sft, reward, load, tokenizer, full, lora, seed) -> CriticRole:
+    from peft import get_peft_model
+
+    if reward is not None:
+        model = load_reward_model(reward, load, tokenizer=tokenizer, trainable=True)
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        score = inner.score
+        head = (score.modules_to_save["default"] if hasattr(score, "modules_to_save") else score).weight
+    else:
+        model = load_causal_lm(sft, load, trainable=True)
+        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        head = _zeros(inner)
+    if not full and not hasattr(model, "peft_config"):
+        model = get_peft_model(inner, lora_config(lora, inner, "CAUSAL_LM"))
+    model.eval()
+    return CriticRole(inner, None, head)
+
+
+def _zeros(model: PreTrainedModel) -> torch.Tensor:
+    import torch
+
+    return torch.zeros(1, model.config.get_text_config().hidden_size)
