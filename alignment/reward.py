@@ -129,7 +129,8 @@ def train_reward_model(
     # accelerate wraps the model's forward in autocast for training; later stages score without it, so it comes off here.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
-    gap = _check_reload(config, base, out, tokenizer, (heldout or train)[:4], model)
+    # From here on the model is the one that later stages will load, not the one in memory.
+    model, gap = _reload(config, base, out, tokenizer, (heldout or train)[:4], model)
     chosen, rejected = score_pairs(model, tokenizer, heldout, config.score_batch_size, log)
     calibration = _calibrate(config, model, tokenizer, train, chosen, rejected, log)
     write_calibration(calibration, out / "model")
@@ -271,8 +272,12 @@ def _calibrate(config, model, tokenizer, train, chosen, rejected, log) -> Calibr
     )
 
 
-def _check_reload(config, base, out, tokenizer, pairs, trained) -> float:
-    """The largest change of a score, over 1 + the largest score. Raises `HeadLost` where it is more than rounding."""
+def _reload(config, base, out, tokenizer, pairs, trained) -> tuple[PreTrainedModel, float]:
+    """The saved model, loaded anew, and the largest change of a score, over 1 + the largest score.
+
+    Raises:
+        HeadLost: the change is more than rounding.
+    """
     # The same pairs in the same batch, so that nothing but the loading can differ; a head that is not in the files is drawn
     # from another seed than the trained one was.
     files = ModelFiles(base.base, out / "model") if config.finetuning == "lora" else ModelFiles(out / "model")
@@ -288,4 +293,4 @@ def _check_reload(config, base, out, tokenizer, pairs, trained) -> float:
             f"scores changed by up to {gap:.3f} when the saved reward model was loaded again, so its score head was not saved. "
             "Remedy: use the pinned versions of peft and transformers, and report it."
         )
-    return relative
+    return fresh, relative
