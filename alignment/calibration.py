@@ -23,14 +23,15 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from alignment.errors import UserError
-from alignment.models import Config, LoadSettings
+from alignment.models import LoadSettings
+from alignment.records import Record
 
 FILE = "calibration.json"
 # Bounds of 1 / scale, in units of the rewards' own spread: nearly blind, and nearly a step.
 FLATTEST, STEEPEST = 0.01, 100.0
 
 
-class Calibration(Config):
+class Calibration(Record):
     """The map from rewards to the scale, and how the model that gives the rewards is to be loaded."""
 
     location: float = Field(description="Reward of the median answer, which rates 5.5")

@@ -79,8 +79,8 @@ def train_sft(
     held, _ = _tokenise(tokenizer, heldout, config.max_length)
     if not rows:
         raise NothingToTrain(
-            f"all {len(train)} training conversations are longer than max_length {config.max_length} tokens. "
-            "Remedy: raise max_length or shorten the data."
+            f"all {len(train)} training conversations are longer than max_length {config.max_length} tokens, or have no token to "
+            "train on. Remedy: raise max_length or shorten the data; give each an assistant turn."
         )
     load = config.load
     if config.finetuning == "full":
@@ -149,7 +149,7 @@ def _tokenise(tokenizer, conversations: Sequence[Conversation], max_length: int)
     rows, dropped = [], 0
     for conversation in conversations:
         example = training_example(tokenizer, [m.model_dump() for m in conversation.messages])
-        if len(example.input_ids) > max_length or all(label == IGNORE for label in example.labels):
+        if len(example.input_ids) > max_length or all(label == IGNORE for label in example.labels[1:]):
             dropped += 1
         else:
             rows.append({"input_ids": example.input_ids, "labels": example.labels})
