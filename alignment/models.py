@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from alignment.chat import TemplateError, conversation_ids
 from alignment.errors import UserError
 from alignment.fingerprint import layout
 from alignment.progress import quiet
@@ -134,14 +135,39 @@ def load_reward_model(
     """A sequence classifier with one label, the scalar reward; a score head that is not in the files is drawn from `seed`.
 
     The tokenizer's pad token is set on the model: the score is read at the last token that is not padding.
+
+    Raises:
+        TemplateError: `tokenizer` renders a conversation differently from the one saved beside the model.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    _check_same_text(files.adapter or files.base, tokenizer)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
     model.config.pad_token_id = tokenizer.pad_token_id
     return _with_adapter(model, files, trainable)
+
+
+# Two turns, so that what a template writes between them shows, too.
+_PROBE = [
+    {"role": role, "content": text}
+    for role, text in (("user", "Why?"), ("assistant", "Because."), ("user", "And then?"), ("assistant", "Nothing."))
+]
+
+
+def _check_same_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Scores of a text that is built with another template, or without the EOS, of training look like any other scores.
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    own = AutoTokenizer.from_pretrained(str(folder))
+    if own.chat_template is not None and conversation_ids(own, _PROBE) != conversation_ids(tokenizer, _PROBE):
+        raise TemplateError(
+            f"{folder}: this reward model was trained on texts that another chat template or tokenizer rendered; its scores of "
+            "these would mean nothing. Remedy: train it again on the base model that is in use, or score with its own tokenizer."
+        )
 
 
 def lora_config(settings: LoraSettings, model: PreTrainedModel, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:

@@ -1,9 +1,14 @@
 """Reward models, stage 2 of the user's document: a scalar score for (prompt, response).
 
-Bradley-Terry pairwise loss, -log sigmoid(r_chosen - r_rejected) (arXiv 2203.02155, equation 1), with optional centering
-(arXiv 2312.09244); TRL's RewardTrainer does the work on rows tokenised by `alignment.chat`. The score head is saved
-with the adapter, and a freshly loaded model is compared with the trained one before anything is published: a reward
-head lost on save would otherwise go unnoticed.
+Bradley-Terry pairwise loss (arXiv 2203.02155, equation 1) with optional margin m (arXiv 2307.09288, equation 2, where it
+depends on the pair; here it is one constant) and optional centering (arXiv 2312.09244):
+
+    loss = -log sigmoid(r_chosen - r_rejected - m) + c * (r_chosen + r_rejected)^2
+
+TRL's RewardTrainer does the work on rows tokenised by `alignment.chat`. The score head is saved with the adapter, and a
+freshly loaded model is compared with the trained one before anything is published: a reward head lost on save would
+otherwise go unnoticed. `calibration.json` beside the weights maps rewards to helpfulness from 1 to 10
+(`alignment.calibration`, `alignment.scorer`).
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from alignment.calibration import Calibration, fit, write_calibration
 from alignment.chat import conversation_ids
 from alignment.cpu import speed_up
 from alignment.fingerprint import layout
@@ -39,7 +45,9 @@ from alignment.training import OptimSettings, Trained, length_grouped, run_train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
+# Largest change of a score by saving and loading, over 1 + the largest score: far above rounding, far below another head.
+RELOAD_TOLERANCE = 0.02
 
 
 class RewardConfig(Config):
@@ -56,6 +64,9 @@ class RewardConfig(Config):
         0.01,
         ge=0,
         description="Weight of the mean squared sum of both rewards, which keeps scores around zero; 0 is off",
+    )
+    margin: float = Field(
+        0.0, ge=0, description="The chosen answer's reward is to exceed the rejected one's by this before the loss is content"
     )
     constitutional_share: float = Field(
         1.0, ge=0, le=1, description="Share of the constitutional pairs that join the human ones (reward_model only)"
@@ -81,7 +92,7 @@ def train_reward_model(
 
     Metrics: heldout/accuracy with its 95 % Wilson interval, the length-only baselines beside it, and
     heldout/gain_over_length (accuracy minus the better baseline, both measured on the same pairs) with a 95 %
-    paired-bootstrap interval.
+    paired-bootstrap interval, and heldout/helpfulness_* on the scale from 1 to 10.
     """
     from datasets import Dataset
     from trl import RewardConfig as TrlConfig
@@ -101,6 +112,7 @@ def train_reward_model(
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
     lengths = [max(map(len, row.values())) for row in rows]
+    margin = {"margin": config.margin} if config.margin else {}
 
     class LengthGroupedRewardTrainer(RewardTrainer):
         def _get_train_sampler(self, train_dataset=None):
@@ -109,7 +121,7 @@ def train_reward_model(
     trainer = LengthGroupedRewardTrainer(
         model=model,
         args=TrlConfig(**arguments, center_rewards_coefficient=config.center_rewards_coefficient or None),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list([row | margin for row in rows]),
         peft_config=lora_config(config.lora, model, "SEQ_CLS") if config.finetuning == "lora" else None,
         processing_class=tokenizer,
     )
@@ -117,18 +129,35 @@ def train_reward_model(
     # accelerate wraps the model's forward in autocast for training; later stages score without it, so it comes off here.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
+    # From here on the model is the one that later stages will load, not the one in memory.
+    model, gap = _reload(config, base, out, tokenizer, (heldout or train)[:4], model)
     chosen, rejected = score_pairs(model, tokenizer, heldout, config.score_batch_size, log)
-    _check_reload(config, base, out, tokenizer, heldout[:4], model)
+    calibration = _calibrate(config, model, tokenizer, train, chosen, rejected, log)
+    write_calibration(calibration, out / "model")
     metrics = {
         "train/loss": trained.mean("loss"),
         "train/accuracy_last": trained.last("accuracy"),
         "train/pairs": len(rows),
         "train/pairs_dropped_too_long": len(train) - len(rows),
+        "reload/score_gap": gap,
+        "calibration/location": calibration.location,
+        "calibration/scale": calibration.scale,
         **accuracy_metrics(heldout, chosen, rejected),
     }
+    rated = [[calibration.helpfulness(reward) for reward in rewards] for rewards in (chosen, rejected)]
+    if heldout:
+        metrics["heldout/helpfulness_chosen"], metrics["heldout/helpfulness_rejected"] = (sum(r) / len(r) for r in rated)
     table = [
-        {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "reward_chosen": c, "reward_rejected": r}
-        for p, c, r in zip(heldout, chosen, rejected, strict=True)
+        {
+            "prompt": p.prompt,
+            "chosen": p.chosen,
+            "rejected": p.rejected,
+            "reward_chosen": c,
+            "reward_rejected": r,
+            "helpfulness_chosen": hc,
+            "helpfulness_rejected": hr,
+        }
+        for p, c, r, hc, hr in zip(heldout, chosen, rejected, *rated, strict=True)
     ]
     return trained, {k: v for k, v in metrics.items() if math.isfinite(v)}, table
 
@@ -228,11 +257,29 @@ def _tokenise(tokenizer, pair: PreferencePair, max_length: int) -> dict[str, lis
     return row if max(map(len, row.values())) <= max_length else None
 
 
-def _check_reload(config, base, out, tokenizer, pairs, trained) -> None:
+def _calibrate(config, model, tokenizer, train, chosen, rejected, log) -> Calibration:
+    fitted_on = "heldout" if chosen else "train"
+    if not chosen:
+        chosen, rejected = score_pairs(model, tokenizer, train, config.score_batch_size, log)
+    location, scale = fit(chosen, rejected)
+    return Calibration(
+        location=location,
+        scale=scale,
+        pairs=len(chosen),
+        fitted_on=fitted_on,
+        dtype=str(resolve_dtype(config.load.dtype)).removeprefix("torch."),
+        quantization=config.load.quantization,
+    )
+
+
+def _reload(config, base, out, tokenizer, pairs, trained) -> tuple[PreTrainedModel, float]:
+    """The saved model, loaded anew, and the largest change of a score, over 1 + the largest score.
+
+    Raises:
+        HeadLost: the change is more than rounding.
+    """
     # The same pairs in the same batch, so that nothing but the loading can differ; a head that is not in the files is drawn
     # from another seed than the trained one was.
-    if not pairs:
-        return
     files = ModelFiles(base.base, out / "model") if config.finetuning == "lora" else ModelFiles(out / "model")
     fresh = load_reward_model(files, config.load, tokenizer=tokenizer, seed=config.optim.seed + 1)
     expected, again = (
@@ -240,5 +287,10 @@ def _check_reload(config, base, out, tokenizer, pairs, trained) -> None:
         for chosen, rejected in (score_pairs(m, tokenizer, pairs, config.score_batch_size) for m in (trained, fresh))
     )
     gap = max(abs(a - b) for a, b in zip(again, expected, strict=True))
-    if gap > 0.02 * (1 + max(abs(e) for e in expected)):
-        raise HeadLost(f"scores changed by up to {gap:.3f} when the saved reward model was loaded again")
+    relative = gap / (1 + max(abs(e) for e in expected))
+    if not relative <= RELOAD_TOLERANCE:
+        raise HeadLost(
+            f"scores changed by up to {gap:.3f} when the saved reward model was loaded again, so its score head was not saved. "
+            "Remedy: use the pinned versions of peft and transformers, and report it."
+        )
+    return fresh, relative

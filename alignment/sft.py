@@ -6,6 +6,7 @@ SFTTrainer does the work; rows come tokenised, with labels, from `alignment.chat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -34,7 +35,7 @@ from alignment.training import OptimSettings, Trained, length_grouped, run_train
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class SftConfig(Config):
@@ -66,7 +67,7 @@ def train_sft(
     """Fine-tune `base` on `train`; the model goes to `out/model`, trainer checkpoints to `work`.
 
     Returns the training curves and final metrics: train/loss (mean over steps), heldout/loss (nats per assistant token)
-    before and after, rows and dropped rows.
+    before and after, heldout/eos_probability, rows and dropped rows.
     """
     from datasets import Dataset
     from trl import SFTConfig as TrlConfig
@@ -78,8 +79,8 @@ def train_sft(
     held, _ = _tokenise(tokenizer, heldout, config.max_length)
     if not rows:
         raise NothingToTrain(
-            f"all {len(train)} training conversations are longer than max_length {config.max_length} tokens. "
-            "Remedy: raise max_length or shorten the data."
+            f"all {len(train)} training conversations are longer than max_length {config.max_length} tokens, or have no token to "
+            "train on. Remedy: raise max_length or shorten the data; give each an assistant turn."
         )
     load = config.load
     if config.finetuning == "full":
@@ -103,6 +104,7 @@ def train_sft(
     trained = run_trainer(trainer, work, log, "SFT")
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = nats_per_token(model, tokenizer, held, config.optim.micro_batch_size)
+    stops = eos_probability(model, tokenizer, held[:_ROWS_FOR_EOS], config.optim.micro_batch_size)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     metrics = {
         "train/loss": trained.mean("loss"),
@@ -111,6 +113,7 @@ def train_sft(
         "train/rows_dropped_too_long": dropped,
         "heldout/loss_before": before,
         "heldout/loss": after,
+        "heldout/eos_probability": stops,
     }
     return trained, {k: v for k, v in metrics.items() if v == v}
 
@@ -126,11 +129,27 @@ def nats_per_token(model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dic
     return -sum(log_probs) / sum(label != IGNORE for row in rows for label in row["labels"][1:])
 
 
+_ROWS_FOR_EOS = 64  # enough to tell a learnt stop token from one that is not, in seconds on a CPU
+
+
+def eos_probability(model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], batch_size: int) -> float:
+    """Mean probability that the model ends where the last answer of a row ends; NaN without rows.
+
+    A model that never learnt its stop token gives about 0: its answers run on to the token limit.
+    """
+    if not rows:
+        return float("nan")
+    # Not from the labels, in which a stop token that was forgotten is missing.
+    eos = [tokenizer.eos_token_id]
+    ends = [(row["input_ids"][:-1] + eos, [IGNORE] * (len(row["input_ids"]) - 1) + eos) for row in rows]
+    return sum(map(math.exp, label_log_probs(model, tokenizer, ends, batch_size))) / len(rows)
+
+
 def _tokenise(tokenizer, conversations: Sequence[Conversation], max_length: int) -> tuple[list[dict], int]:
     rows, dropped = [], 0
     for conversation in conversations:
         example = training_example(tokenizer, [m.model_dump() for m in conversation.messages])
-        if len(example.input_ids) > max_length or all(label == IGNORE for label in example.labels):
+        if len(example.input_ids) > max_length or all(label == IGNORE for label in example.labels[1:]):
             dropped += 1
         else:
             rows.append({"input_ids": example.input_ids, "labels": example.labels})

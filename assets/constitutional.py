@@ -7,6 +7,7 @@ from alignment.datasets import write_jsonl
 from alignment.errors import UserError
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet, RewardModel
 from alignment.readers import read_prompts
+from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
@@ -15,19 +16,11 @@ from resources.dvc_data import DvcData
 from resources.tracking import MlflowTracking
 
 LaunchConfig = launch_config("constitutional_preference_pairs", recipe_config("constitutional_preference_pairs", CritiqueConfig))
-SHARE_KEPT = "share_kept"
 
 
 @dg.asset(
     partitions_def=PARTITIONS,
-    check_specs=[
-        dg.AssetCheckSpec(
-            SHARE_KEPT,
-            asset="constitutional_preference_pairs",
-            blocking=True,
-            description="Enough of the prompts end in a pair worth training on (filters.min_share_kept).",
-        )
-    ],
+    check_specs=alarm_specs("constitutional_preference_pairs"),
     **dressed("constitutional", {"transformers"}, gpu=True),
 )
 def constitutional_preference_pairs(
@@ -39,7 +32,7 @@ def constitutional_preference_pairs(
     store: ArtifactStore,
     tracking: MlflowTracking,
     dvc: DvcData,
-):  # no annotation: Dagster reads one as the type of one of two outputs, value and check
+):
     """Critique and revise under the constitution: rejected = initial answer, chosen = last revision, bad revisions
     filtered and counted by reason."""
 
@@ -106,17 +99,10 @@ def constitutional_preference_pairs(
             inputs={"sft_checkpoint": sft_checkpoint, "human_reward_model": human_reward_model, "prompts": prompts},
             constitution=rules,
             compute=compute,
+            bounds={"min_share_kept": settings.filters.min_share_kept},
         )
 
-    result = materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
-    share, least = result.value.metrics["share_kept"], config.filters.min_share_kept
-    check = dg.AssetCheckResult(
-        check_name=SHARE_KEPT,
-        passed=share >= least,
-        metadata={"share_kept": share, "min_share_kept": least, "pairs": result.value.metrics["pairs"]},
-        description=f"{share:.0%} of the prompts ended in a pair; at least {least:.0%} are asked for",
-    )
-    return result._replace(check_results=[check])
+    return materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
 
 
 def _examples(table: list[dict], count: int = 3) -> str:

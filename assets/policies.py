@@ -8,6 +8,7 @@ from alignment.evaluation import CODE_VERSION as REPORT_VERSION
 from alignment.evaluation import Measured, ReportConfig, evaluate_policy
 from alignment.handles import Checkpoint, PolicyReport, PromptSet, RewardModel, SftDataset, SftReport
 from alignment.methods import METHODS, Method, Training
+from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
 from assets.sft_report import heldout_data, write_table
@@ -28,10 +29,11 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
         partitions_def=PARTITIONS,
         ins={asset: dg.AssetIn() for asset in method.inputs},
         required_resource_keys={"store", "tracking", "dvc"},
+        check_specs=alarm_specs(key),
         description=f"{method.title}: the aligned policy, trained from {', '.join(method.inputs)}.",
         **dressed("policies", {"trl", "peft"}, gpu=True),
     )
-    def _policy(context: dg.AssetExecutionContext, config: LaunchConfig, **inputs) -> dg.MaterializeResult[Checkpoint]:  # type: ignore[valid-type]
+    def _policy(context: dg.AssetExecutionContext, config: LaunchConfig, **inputs):  # type: ignore[valid-type]
         tools = Tools(context.resources.store, context.resources.tracking, context.resources.dvc)
 
         def stage() -> Stage:
@@ -85,6 +87,7 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
         key_prefix="policy_report",
         partitions_def=PARTITIONS,
         ins={"policy": dg.AssetIn(key=dg.AssetKey(["aligned_policy", name]))},
+        check_specs=alarm_specs(f"policy_report/{name}"),
         description=f"{method.title} against the SFT checkpoint, on held-out prompts, scored by the evaluator.",
         **dressed("evaluation", {"transformers"}, gpu=True),
     )
@@ -101,7 +104,7 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
         store: ArtifactStore,
         tracking: MlflowTracking,
         dvc: DvcData,
-    ) -> dg.MaterializeResult[PolicyReport]:
+    ):
         def stage() -> Stage:
             settings = checked_config(ReportConfig, config.model_dump())
             rules = constitution(context)

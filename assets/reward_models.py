@@ -11,6 +11,7 @@ from alignment.handles import Checkpoint, PreferenceDataset, RewardModel
 from alignment.readers import read_preferences
 from alignment.records import PreferencePair
 from alignment.reward import CODE_VERSION, RewardConfig, reward_training_pairs, train_reward_model
+from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
@@ -23,7 +24,7 @@ HumanLaunchConfig = launch_config("human_reward_model", recipe_config("human_rew
 EvaluatorLaunchConfig = launch_config("evaluator", recipe_config("evaluator", RewardConfig))
 
 
-@dg.asset(**dressed("reward", {"trl", "peft"}, gpu=True))
+@dg.asset(check_specs=alarm_specs("human_reward_model"), **dressed("reward", {"trl", "peft"}, gpu=True))
 def human_reward_model(
     context: dg.AssetExecutionContext,
     config: HumanLaunchConfig,  # type: ignore[valid-type]
@@ -32,7 +33,7 @@ def human_reward_model(
     store: ArtifactStore,
     tracking: MlflowTracking,
     dvc: DvcData,
-) -> dg.MaterializeResult[RewardModel]:
+):
     """A scorer trained on the human pairs alone: picks the best of several revisions and drops those that are no better
     than the initial answer. Shared by all constitutions."""
 
@@ -43,7 +44,7 @@ def human_reward_model(
     return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
 
 
-@dg.asset(partitions_def=PARTITIONS, **dressed("reward", {"trl", "peft"}, gpu=True))
+@dg.asset(partitions_def=PARTITIONS, check_specs=alarm_specs("reward_model"), **dressed("reward", {"trl", "peft"}, gpu=True))
 def reward_model(
     context: dg.AssetExecutionContext,
     config: RewardLaunchConfig,  # type: ignore[valid-type]
@@ -53,7 +54,7 @@ def reward_model(
     store: ArtifactStore,
     tracking: MlflowTracking,
     dvc: DvcData,
-) -> dg.MaterializeResult[RewardModel]:
+):
     """A scalar scorer of (prompt, answer), trained on human and constitutional pairs."""
 
     def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
@@ -69,7 +70,7 @@ def reward_model(
     return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
 
 
-@dg.asset(partitions_def=PARTITIONS, **dressed("reward", {"trl", "peft"}, gpu=True))
+@dg.asset(partitions_def=PARTITIONS, check_specs=alarm_specs("evaluator"), **dressed("reward", {"trl", "peft"}, gpu=True))
 def evaluator(
     context: dg.AssetExecutionContext,
     config: EvaluatorLaunchConfig,  # type: ignore[valid-type]
@@ -78,7 +79,7 @@ def evaluator(
     store: ArtifactStore,
     tracking: MlflowTracking,
     dvc: DvcData,
-) -> dg.MaterializeResult[RewardModel]:
+):
     """A second scorer that no policy is trained with: other seed, human pairs that the reward model never saw."""
 
     def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:

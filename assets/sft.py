@@ -5,6 +5,7 @@ import dagster as dg
 from alignment.handles import Checkpoint, SftDataset
 from alignment.readers import read_conversations
 from alignment.sft import CODE_VERSION, SftConfig, train_sft
+from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import dressed, recipe_config
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
@@ -15,7 +16,7 @@ from resources.tracking import MlflowTracking
 LaunchConfig = launch_config("sft_checkpoint", recipe_config("sft_checkpoint", SftConfig))
 
 
-@dg.asset(**dressed("models", {"trl", "peft"}, gpu=True))
+@dg.asset(check_specs=alarm_specs("sft_checkpoint"), **dressed("models", {"trl", "peft"}, gpu=True))
 def sft_checkpoint(
     context: dg.AssetExecutionContext,
     config: LaunchConfig,  # type: ignore[valid-type]
@@ -24,7 +25,7 @@ def sft_checkpoint(
     store: ArtifactStore,
     tracking: MlflowTracking,
     dvc: DvcData,
-) -> dg.MaterializeResult[Checkpoint]:
+):
     """Supervised fine-tuning (LoRA, QLoRA or all weights), loss on assistant tokens only. Also the critic and the start
     of every policy."""
 

@@ -2,7 +2,7 @@
 
 An asset body builds a `Stage` and calls `materialize`; this module holds the only copy of that choreography:
 
-    fingerprint -> already published? reuse : build under a lock -> log to MLflow -> publish atomically -> handle
+    fingerprint -> already published? reuse : build under a lock -> log to MLflow -> publish atomically -> handle -> alarms
 """
 
 import base64
@@ -30,6 +30,7 @@ from alignment.models import Config
 from alignment.plots import Curves, curve_png
 from alignment.progress import Log
 from alignment.recipes import RecipeError, describe
+from assets.checks import check_result, sound_alarms
 from resources.artifacts import ArtifactRecord, ArtifactStore, Work, file_hashes
 from resources.dvc_data import DvcData
 from resources.tracking import Attempt, DataInput, MlflowTracking, StepInfo
@@ -63,6 +64,7 @@ class Stage:
     constitution: Constitution | None = None
     data: Sequence[DataInput] = ()
     model_artifact: bool = False
+    bounds: Mapping[str, float] = field(default_factory=dict)  # what alarms compare metrics with, where the stage sets it
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,22 @@ def materialize(
             raise dg.Failure(f"{asset} {digest[:12]} vanished from the artifact store while it was materialized")
         attempt.tags({"alignment.reused": str(reused).lower(), "alignment.computed_by": handle.mlflow_run_id})
         attempt.final(handle.metrics)
+        alarms = sound_alarms(handle, built.bounds)
+        attempt.tags({"alignment.alarms": ", ".join(alarm.name for alarm in alarms if alarm.fired)})
+        for alarm in alarms:
+            if alarm.fired:
+                context.log.warning(f"alarm: {asset}: {alarm.name}: {alarm.reason}")
         metadata = _metadata(tools, handle, attempt, reused, time.monotonic() - begun, outcome)
         curve = tools.store.path(handle) / "curve.png"
         if curve.exists():
             picture = base64.b64encode(curve.read_bytes()).decode()
             metadata = {"curve": dg.MetadataValue.md(f"![curve](data:image/png;base64,{picture})"), **metadata}
-    return dg.MaterializeResult(value=handle, metadata=metadata, data_version=dg.DataVersion(digest))
+    return dg.MaterializeResult(
+        value=handle,
+        metadata=metadata,
+        data_version=dg.DataVersion(digest),
+        check_results=[check_result(alarm) for alarm in alarms],
+    )
 
 
 def checked_config(kind: type[Config], values: Mapping[str, Any]) -> Config:

@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.base_model import base_model
 from assets.champion import champion
+from assets.checks import nothing_leaks
 from assets.constitutional import constitutional_preference_pairs
 from assets.data import data, human_preferences, prompts, sft_dataset
 from assets.policies import policies, reports
@@ -35,6 +36,7 @@ defs = dg.Definitions(
         *reports,
         champion,
     ],
+    asset_checks=[nothing_leaks],
     jobs=[alignment_job],
     schedules=[weekly_retraining],
     sensors=[new_data],

@@ -1,13 +1,14 @@
 """Reward models: accuracy beside what length alone would reach, real training, and a head that must not get lost."""
 
 import json
+import math
 import random
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import alignment.reward
-from alignment.models import LoraSettings, ModelFiles, load_reward_model, load_tokenizer
+from alignment.models import LoadSettings, LoraSettings, ModelFiles, load_reward_model, load_tokenizer
 from alignment.records import Message, PreferencePair
 from alignment.reward import (
     HeadLost,
@@ -54,14 +55,14 @@ def config(float32):
 def train(config, tiny_model, tmp_path_factory):
     """Trains in a folder of its own or, to resume, in a given one."""
 
-    def run(folder=None, train=TRAIN, heldout=HELDOUT, log=None, **changes):
+    def run(folder=None, train=TRAIN, heldout=HELDOUT, log=None, base=tiny_model, **changes):
         folder = folder or tmp_path_factory.mktemp("reward")
         for name in ("work", "out"):
             (folder / name).mkdir(exist_ok=True)
         kwargs = {"log": log} if log else {}
         trained, metrics, table = train_reward_model(
             config.model_copy(update=changes),
-            ModelFiles(tiny_model),
+            ModelFiles(base),
             train,
             heldout,
             work=folder / "work",
@@ -120,6 +121,16 @@ def test_the_saved_model_gives_the_same_scores(either, tiny_model, float32):
     assert rejected == pytest.approx([row["reward_rejected"] for row in table], abs=1e-5)
 
 
+def test_saving_and_loading_changes_no_bit_of_a_score(either):
+    _, _, metrics, _, _ = either
+    assert metrics["reload/score_gap"] == 0
+
+
+def test_nor_does_it_in_bfloat16(train):
+    _, metrics, _, _ = train(load=LoadSettings(dtype="bfloat16"))
+    assert metrics["reload/score_gap"] == 0
+
+
 def test_the_saved_model_is_safetensors_with_its_score_head_and_tokenizer(either):
     _, _, _, _, folder = either
     (weights,) = folder.glob("*.safetensors")
@@ -152,6 +163,12 @@ def lose_the_head(monkeypatch):
 
     really_save = alignment.reward.save_model
     monkeypatch.setattr(alignment.reward, "save_model", save)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_without_held_out_pairs_a_lost_score_head_is_detected_too(train, lose_the_head, kind):
+    with pytest.raises(HeadLost, match="scores changed by up to"):
+        train(finetuning=kind, heldout=[])
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -195,6 +212,55 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(train):
 def test_nothing_to_train_is_said(train):
     with pytest.raises(NothingToTrain, match="none of 160 training pairs fits max_length 16 tokens"):
         train(max_length=16)
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("margin", "centering"), [(0.0, 0.0), (1.5, 0.0), (0.0, 0.3), (1.5, 0.3)])
+def test_the_loss_by_hand(train, config, full, margin, centering):
+    # Training starts at a reward model whose scores are known: the first step's loss is that of these scores. All pairs are
+    # in it, so with m = 1.5, c = 0.3 and a pair that scores 2 and -1: -log sigmoid(2 + 1 - 1.5) + 0.3 * (2 - 1)^2 = 0.501.
+    _, _, table, folder = full
+    assert -math.log(1 / (1 + math.exp(-(2 + 1 - 1.5)))) + 0.3 * (2 - 1) ** 2 == pytest.approx(0.501, abs=1e-3)
+    by_hand = 0.0
+    for row in table[:16]:
+        c, r = row["reward_chosen"], row["reward_rejected"]
+        by_hand += (math.log(1 + math.exp(-(c - r - margin))) + centering * (c + r) ** 2) / 16
+    once = config.optim.model_copy(update={"epochs": 1})
+    trained, _, _, _ = train(
+        train=HELDOUT[:16],
+        heldout=[],
+        base=folder,
+        finetuning="full",
+        optim=once,
+        margin=margin,
+        center_rewards_coefficient=centering,
+    )
+    assert trained.curves["loss"][0][1] == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
+
+
+def test_a_margin_drives_the_scores_further_apart(train, config):
+    longer = config.optim.model_copy(update={"epochs": 4})
+    _, narrow, _, _ = train(optim=longer)
+    _, wide, _, _ = train(optim=longer, margin=4.0)
+    assert wide["heldout/margin"] > narrow["heldout/margin"] + 1
+    assert wide["heldout/accuracy"] >= 0.9
+
+
+def test_centering_keeps_the_scores_around_zero(train, lora):
+    def off_centre(table):
+        return abs(sum(row["reward_chosen"] + row["reward_rejected"] for row in table)) / len(table)
+
+    _, _, free, _ = train(center_rewards_coefficient=0.0)
+    _, _, centred, _ = train(center_rewards_coefficient=0.5)
+    assert off_centre(centred) < 0.5 * off_centre(free)
+
+
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_a_margin_trains_gpt2_too(train, tiny_gpt2, finetuning):
+    trained, _, _, _ = train(train=TRAIN[:16], heldout=HELDOUT[:4], base=tiny_gpt2, finetuning=finetuning, margin=1.0)
+    assert trained.curves["loss"][0][1] == pytest.approx(-math.log(1 / (1 + math.e)), abs=0.15)  # nothing known yet: -log s(-1)
 
 
 # --- Scoring ----------------------------------------------------------------------------------------------------------

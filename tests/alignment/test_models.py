@@ -1,0 +1,119 @@
+"""Loading: what must never be loaded as it is, and adapters that answer the same merged or beside their base."""
+
+import shutil
+
+import pytest
+import torch
+
+from alignment.chat import TemplateError
+from alignment.errors import UserError
+from alignment.models import (
+    LoadSettings,
+    LoraSettings,
+    ModelFiles,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    lora_config,
+    save_model,
+)
+
+TEXT = "<|im_start|>user\nHow long do eggs boil?<|im_end|>\n<|im_start|>assistant\nSeven minutes."
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, float32, tmp_path_factory):
+    """An adapter that changes much: its matrices are random."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    base = load_causal_lm(ModelFiles(tiny_model), float32)
+    settings = LoraSettings(r=4, alpha=32, dropout=0.0, target_modules=["all-linear"])
+    model = get_peft_model(base, lora_config(settings, base, "CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_model(model, load_tokenizer(tiny_model), folder)
+    return ModelFiles(tiny_model, folder)
+
+
+def logits(model, tokenizer):
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    with torch.inference_mode():
+        return model(input_ids=ids).logits.float().cpu()
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_an_adapter_merged_into_32_or_16_bit_answers_as_beside_its_base(adapter, tokenizer, dtype, share):
+    settings = LoadSettings(dtype=dtype)
+    merged, beside = load_causal_lm(adapter, settings), load_causal_lm(adapter, settings, trainable=True).eval()
+    assert not hasattr(merged, "peft_config")
+    assert hasattr(beside, "peft_config")
+    without = logits(load_causal_lm(ModelFiles(adapter.base), settings), tokenizer)
+    effect = (logits(beside, tokenizer) - without).abs().max()
+    assert effect > 0.1
+    assert (logits(merged, tokenizer) - logits(beside, tokenizer)).abs().max() < share * effect
+
+
+def test_an_adapter_is_never_merged_into_a_4_bit_base(adapter, tokenizer):
+    # Merging would round the sum to 4 bit again, and the answers would be those of another model.
+    pytest.importorskip("bitsandbytes")
+    nf4 = LoadSettings(dtype="float32", quantization="nf4")
+    sampled = load_causal_lm(adapter, nf4)
+    trained = load_causal_lm(adapter, nf4, trainable=True).eval()
+    assert hasattr(sampled, "peft_config")
+    assert [n for n, _ in sampled.named_parameters() if "lora_" in n]
+    assert torch.equal(logits(sampled, tokenizer), logits(trained, tokenizer))
+    merged = logits(sampled.merge_and_unload(), tokenizer)
+    assert (merged - logits(trained, tokenizer)).abs().max() > 1e-2  # what would go wrong
+
+
+# --- Tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tiny_model, tmp_path):
+    """A copy of the tiny model whose tokenizer a function changed."""
+
+    def make(change, of=tiny_model):
+        from transformers import AutoTokenizer
+
+        folder = tmp_path / "damaged"
+        shutil.copytree(of, folder)
+        (folder / "chat_template.jinja").unlink()
+        tokenizer = AutoTokenizer.from_pretrained(str(of))
+        change(tokenizer)
+        tokenizer.save_pretrained(str(folder))
+        return folder
+
+    return make
+
+
+def test_a_pad_token_that_is_eos_is_refused(damaged):
+    folder = damaged(lambda t: setattr(t, "pad_token", t.eos_token))
+    with pytest.raises(UserError, match=r"pad token '<\|im_end\|>' must exist and differ from EOS.*Remedy"):
+        load_tokenizer(folder)
+
+
+def test_a_missing_chat_template_is_refused(damaged, tiny_gpt2):
+    folder = damaged(lambda t: setattr(t, "chat_template", None), of=tiny_gpt2)
+    with pytest.raises(UserError, match=r"no chat template.*Remedy: name one in the recipe \(base_model\.chat_template\)"):
+        load_tokenizer(folder)
+
+
+def no_eos(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
+
+
+def other_opening(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "### ")
+
+
+@pytest.mark.parametrize("change", [no_eos, other_opening])
+def test_a_reward_model_does_not_score_texts_of_another_template(damaged, tiny_model, float32, tokenizer, change):
+    folder = damaged(change)
+    with pytest.raises(TemplateError, match=r"was trained on texts that another chat template or tokenizer rendered.*Remedy"):
+        load_reward_model(ModelFiles(tiny_model, folder), float32, tokenizer=tokenizer)
+    own = load_tokenizer(folder)
+    assert load_reward_model(ModelFiles(folder), float32, tokenizer=own).config.num_labels == 1
