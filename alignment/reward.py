@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from alignment.chat import conversation_ids
+from alignment.context_length import check_length, position_limit
 from alignment.cpu import speed_up
 from alignment.fingerprint import layout
 from alignment.models import (
@@ -100,6 +101,9 @@ def train_reward_model(
         load = load.model_copy(update={"dtype": "float32"})
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
+    check_length(model, config.max_length, "max_length", "lower it")
+    limit = position_limit(model)
+    readable = [pair for pair in heldout if _tokenise(tokenizer, pair, limit) is not None]
     lengths = [max(map(len, row.values())) for row in rows]
 
     class LengthGroupedRewardTrainer(RewardTrainer):
@@ -117,18 +121,19 @@ def train_reward_model(
     # accelerate wraps the model's forward in autocast for training; later stages score without it, so it comes off here.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
-    chosen, rejected = score_pairs(model, tokenizer, heldout, config.score_batch_size, log)
-    _check_reload(config, base, out, tokenizer, heldout[:4], model)
+    chosen, rejected = score_pairs(model, tokenizer, readable, config.score_batch_size, log)
+    _check_reload(config, base, out, tokenizer, readable[:4], model)
     metrics = {
         "train/loss": trained.mean("loss"),
         "train/accuracy_last": trained.last("accuracy"),
         "train/pairs": len(rows),
         "train/pairs_dropped_too_long": len(train) - len(rows),
-        **accuracy_metrics(heldout, chosen, rejected),
+        "heldout/pairs_dropped_too_long": len(heldout) - len(readable),
+        **accuracy_metrics(readable, chosen, rejected),
     }
     table = [
         {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected, "reward_chosen": c, "reward_rejected": r}
-        for p, c, r in zip(heldout, chosen, rejected, strict=True)
+        for p, c, r in zip(readable, chosen, rejected, strict=True)
     ]
     return trained, {k: v for k, v in metrics.items() if math.isfinite(v)}, table
 
@@ -145,6 +150,7 @@ def score(
     import torch
 
     ids = [conversation_ids(tokenizer, messages) for messages in conversations]
+    check_length(model, max(map(len, ids), default=0), "a conversation to score", "leave it out, or shorten it")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores: dict[int, float] = {}
     progress = Progress(log, what, len(ids))
@@ -220,7 +226,7 @@ def _win(a: float, b: float) -> float:
     return 1.0 if a > b else 0.5 if a == b else 0.0
 
 
-def _tokenise(tokenizer, pair: PreferencePair, max_length: int) -> dict[str, list[int]] | None:
+def _tokenise(tokenizer, pair: PreferencePair, max_length: float) -> dict[str, list[int]] | None:
     row = {
         f"{name}_ids": conversation_ids(tokenizer, [*pair.prompt_messages, {"role": "assistant", "content": answer}])
         for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))

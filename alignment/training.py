@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from alignment.added_tokens import show_bias_of_heads
 from alignment.fingerprint import layout
 from alignment.models import Config, resolve_dtype
 from alignment.progress import Log, last_complete_checkpoint, trainer_callback
@@ -126,6 +127,7 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
 
+    show_bias_of_heads(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(log, what))
     resume = last_complete_checkpoint(work / "trainer")
