@@ -81,13 +81,16 @@ def put_trained_rows_in_base(model: Any) -> None:
                 weight[module.token_indices["default"]] = module.trainable_tokens_delta["default"].to(weight)
 
 
-def show_bias_of_heads(model: Any) -> None:
-    """TRL reads a vocabulary head's bias by name, which peft's wrapper around trained rows hides; it is always None there."""
+def complete_wrappers(model: Any) -> None:
+    """Give peft's wrappers around trained rows what TRL and peft itself look for on every head and every adapted layer."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import TrainableTokensWrapper
 
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
-            module.bias = None
+            module.bias = None  # of the vocabulary head; one with a bias gets no tokens
+        elif isinstance(module, TrainableTokensLayer):
+            module.cast_input_dtype_enabled = False  # its inputs are ids, or are multiplied as they come
 
 
 def mark_trained(model: PreTrainedModel) -> None:

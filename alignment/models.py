@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from alignment.added_tokens import mark_trained, put_trained_rows_in_base, rows_to_train, show_bias_of_heads
+from alignment.added_tokens import complete_wrappers, mark_trained, put_trained_rows_in_base, rows_to_train
 from alignment.errors import UserError
 from alignment.fingerprint import layout
 from alignment.lora_targets import target_layers
@@ -124,6 +124,7 @@ def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool
     """
     from transformers import AutoModelForCausalLM
 
+    _refuse_training_of_4_bit_weights(files, settings, trainable)
     model = AutoModelForCausalLM.from_pretrained(str(files.base), **_load_kwargs(settings))
     model = _with_adapter(model, files, trainable)
     if files.adapter is not None and not trainable and settings.quantization == "none":
@@ -146,6 +147,7 @@ def load_reward_model(
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    _refuse_training_of_4_bit_weights(files, settings, trainable)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -216,13 +218,30 @@ def _load_kwargs(settings: LoadSettings) -> dict[str, Any]:
     return kwargs
 
 
+def _refuse_training_of_4_bit_weights(files: ModelFiles, settings: LoadSettings, trainable: bool) -> None:
+    if trainable and files.adapter is None and settings.quantization != "none":
+        raise UserError(
+            f"load.quantization: {settings.quantization}: 4-bit weights cannot be trained, only adapters over them. Remedy: set "
+            "finetuning to lora, or load.quantization to none."
+        )
+
+
 def _with_adapter(model: PreTrainedModel, files: ModelFiles, trainable: bool) -> PreTrainedModel:
+    _keep_4_bit_weights_differentiable(model)
     if files.adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(files.adapter), is_trainable=trainable)
-        show_bias_of_heads(model)
+        complete_wrappers(model)
         if trainable:
             put_trained_rows_in_base(model)
     model.config.use_cache = True
     return model.train() if trainable else model.eval()
+
+
+def _keep_4_bit_weights_differentiable(model: PreTrainedModel) -> None:
+    # On CPUs with AVX512-BF16 bitsandbytes repacks a layer for good when it is first used without gradients, and multiplies
+    # from then on by a kernel without a backward pass: training after an evaluation would silently lose its gradients.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
