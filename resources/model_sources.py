@@ -120,7 +120,7 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
         model = _load(config, folder)
         embed_new_tokens(model, len(tokenizer), added, [i for i in added if i != tokenizer.pad_token_id])
         for path in folder.glob("*.safetensors*"):
-            path.unlink()  # written anew, not over: it may be a link into the Hub's cache
+            path.unlink()  # it may be a link into the Hub's cache, which older versions of safetensors would write to
         model.save_pretrained(str(folder))
     log.say("checking that the model loads")
     model = _load(config, folder)

@@ -19,7 +19,15 @@ from alignment.errors import UserError
 from alignment.generation import SamplingSettings, generate
 from alignment.likelihood import label_log_probs
 from alignment.methods.dpo import DpoConfig, train_dpo
-from alignment.models import LoraSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer, lora_config
+from alignment.models import (
+    LoadSettings,
+    LoraSettings,
+    ModelFiles,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+    lora_config,
+)
 from alignment.progress import Log
 from alignment.records import Conversation, Message, PreferencePair
 from alignment.reward import RewardConfig, score, train_reward_model
@@ -400,6 +408,23 @@ def test_a_killed_training_ends_like_one_that_was_not(
         stage(train_dpo, config, start, pairs, folder=disturbed, log=recording_log(until=stop)[0])
     _, _, resumed = stage(train_dpo, config, start, pairs, folder=disturbed)
     assert largest_difference(calm, resumed) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_in_16_bit_added_tokens_are_trained_in_32(bare, stage, tmp_path, architecture):
+    base, _ = resolve(bare[architecture], tmp_path / "base", chat_template="chatml")
+    half = LoadSettings(dtype="bfloat16")
+    before, _, sft = stage(train_sft, sft_config(half, epochs=8), ModelFiles(base), CONVERSATIONS, CONVERSATIONS[:2])
+    assert before.last("loss") < 0.6 * before.curves["loss"][0][1]
+    rows = [w for name, w in load_file(sft / "adapter_model.safetensors").items() if "trainable_tokens" in name]
+    assert {row.dtype for row in rows} == {torch.float32}
+    config = DpoConfig(load=half, optim=optim(epochs=4, learning_rate=1e-3), max_length=POSITIONS)
+    trained, _, _ = stage(train_dpo, config, ModelFiles(base, sft), PAIRS)
+    assert trained.curves["loss"][0][1] == pytest.approx(math.log(2), abs=0.01)
+    assert trained.last("loss") < 0.6
+    reward = RewardConfig(lora=ALL, load=half, optim=optim(epochs=6), max_length=POSITIONS)
+    _, metrics, _ = stage(train_reward_model, reward, ModelFiles(base), PAIRS, PAIRS[:8])
+    assert metrics["heldout/accuracy"] == 1.0
 
 
 def test_training_all_weights_trains_the_added_tokens_and_says_so(bare, stage, float32, tmp_path):
