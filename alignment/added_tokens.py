@@ -93,6 +93,21 @@ def complete_wrappers(model: Any) -> None:
             module.cast_input_dtype_enabled = False  # its inputs are ids, or are multiplied as they come
 
 
+def rows_for_another_adapter(model: Any, config: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Complete peft configuration and weights (keys as saved) of an adapter that is to join `default` on one base.
+
+    peft wants every adapter of a model to hold rows of the same matrices; a reward model's has none for the vocabulary head,
+    which it does not use. What is missing is taken from the base.
+    """
+    wanted = model.peft_config["default"].trainable_token_indices or {}
+    for name, ids in wanted.items():
+        key = f"base_model.model.{name}.token_adapter.trainable_tokens_delta"
+        if key not in weights:
+            weights[key] = _weight(model.get_base_model().get_submodule(name))[ids].detach().clone()
+    if wanted:
+        config.trainable_token_indices = dict(wanted)
+
+
 def mark_trained(model: PreTrainedModel) -> None:
     """All weights were trained, those of added tokens among them."""
     if hasattr(model.config, UNTRAINED):

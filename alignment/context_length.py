@@ -28,11 +28,12 @@ def check_length(model: PreTrainedModel, tokens: int, what: str, remedy: str) ->
 def position_limit(model: PreTrainedModel) -> float:
     """How many tokens a model can read at all: the size of its table of learned positions (GPT-2: 1024).
 
-    Infinite for models that compute positions (rotary and the like): they get worse beyond their context, and do not fail.
+    Infinite for models that compute positions (rotary and the like): they get worse beyond their context, and do not fail;
+    and for what is scored with but is no module of its own.
     """
     import torch
 
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         last = name.rsplit(".", 1)[-1]
         if isinstance(module, torch.nn.Embedding) and (last == "wpe" or "position" in last):
             return model.config.get_text_config().max_position_embeddings

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignment.added_tokens import rows_for_another_adapter
 from alignment.chat import TemplateError, answer_ids, conversation_ids, prompt_ids, training_example
 from alignment.errors import UserError
 from alignment.generation import SamplingSettings, generate
@@ -384,6 +385,33 @@ def test_a_reward_model_over_the_base_learns_and_loads(base, stage, float32):
         metrics["heldout/margin"], abs=1e-4
     )
     assert score(model, tokenizer, texts, 3) == pytest.approx(scores, abs=1e-4)  # padding is not read
+
+
+def test_the_adapters_of_a_reward_model_and_of_a_policy_share_one_base(base, sft, stage, float32):
+    """As in PPO; peft wants rows of the same matrices in both, and the reward model's has none for the vocabulary head."""
+    from peft import LoraConfig, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = RewardConfig(lora=ALL, load=float32, optim=optim(epochs=2), max_length=POSITIONS)
+    _, _, folder = stage(train_reward_model, config, ModelFiles(base[1]), PAIRS, [])
+    tokenizer = load_tokenizer(base[1])
+    alone = load_reward_model(ModelFiles(base[1], folder), float32, tokenizer=tokenizer)
+    shared = load_causal_lm(sft[1], float32, trainable=True)
+    before = log_probs(shared, tokenizer, "chosen")
+    config, weights = LoraConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu")
+    config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    weights = {name: value for name, value in weights.items() if "score" not in name}
+    rows_for_another_adapter(shared, config, weights)
+    shared.add_adapter("reward", config)
+    assert not set_peft_model_state_dict(shared, weights, adapter_name="reward").unexpected_keys
+    shared.set_adapter("reward", inference_mode=True)
+    ids = torch.tensor([conversation_ids(tokenizer, [*PAIRS[0].prompt_messages, {"role": "assistant", "content": "yes"}])])
+    with torch.no_grad():
+        backbones = [getattr(m, m.base_model_prefix) for m in (shared.get_base_model(), alone.get_base_model())]
+        ours, theirs = (backbone.eval()(ids)[0] for backbone in backbones)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    shared.set_adapter("default")
+    assert torch.allclose(log_probs(shared, tokenizer, "chosen"), before, atol=1e-5)
 
 
 @pytest.mark.parametrize("stop", [3, 5])
