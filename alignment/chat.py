@@ -85,8 +85,8 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
         if eos not in ids[start:turn_end]:
             raise TemplateError(
                 f"the chat template does not end an assistant turn with EOS {tokenizer.eos_token!r}, so the model would "
-                "never learn to stop. Remedy: add eos_token to the template, or set the tokenizer's EOS to the token "
-                "that ends a turn."
+                "never learn to stop. Remedy: add eos_token to the template, or set base_model.eos_token to the token that "
+                "ends a turn."
             )
         end = ids.index(eos, start) + 1
         labels[start:end] = ids[start:end]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, Field
 
 from alignment.chat import IGNORE, prompt_ids, training_example
+from alignment.context_length import position_limit
 from alignment.errors import UserError
 from alignment.fingerprint import layout
 from alignment.generation import Completion, SamplingSettings, generate
@@ -276,10 +277,12 @@ class _loaded:
 
 
 def _nll(model, tokenizer, conversations: Sequence[Conversation], batch_size: int) -> float:
-    """Mean negative log-likelihood (nats) of the assistant tokens of held-out demonstrations."""
-    if not conversations:
-        return math.nan
+    """Mean negative log-likelihood (nats) of the assistant tokens of those held-out demonstrations that the model can read."""
     examples = [training_example(tokenizer, [m.model_dump() for m in c.messages]) for c in conversations]
+    limit = position_limit(model)
+    examples = [e for e in examples if len(e.input_ids) <= limit]
+    if not examples:
+        return math.nan
     totals = label_log_probs(model, tokenizer, [(e.input_ids, e.labels) for e in examples], batch_size)
     return -sum(totals) / sum(sum(label != IGNORE for label in e.labels) for e in examples)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from alignment.chat import prompt_ids
+from alignment.context_length import check_length
 from alignment.fingerprint import layout
 from alignment.models import Config
 from alignment.progress import SILENT, Log, Progress
@@ -69,6 +70,12 @@ def generate(
     import torch
 
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    check_length(
+        model,
+        max(map(len, prompts), default=0) + settings.max_new_tokens,
+        f"{what}: the longest prompt and max_new_tokens",
+        "lower max_new_tokens, or leave out the longest prompts",
+    )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done: dict[int, Completion] = {}
     barred = tokenizer(not_first, add_special_tokens=False)["input_ids"][:1] if not_first else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from alignment.chat import IGNORE, prompt_ids
+from alignment.context_length import check_length
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ def label_log_probs(
     """
     import torch
 
+    check_length(model, max((len(ids) for ids, _ in rows), default=0), "a text to score", "leave it out, or shorten it")
     out: dict[int, float] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from alignment.added_tokens import complete_wrappers, mark_trained, put_trained_rows_in_base, rows_to_train
 from alignment.chat import TemplateError, conversation_ids
 from alignment.errors import UserError
 from alignment.fingerprint import layout
+from alignment.lora_targets import target_layers
 from alignment.progress import quiet
 
 if TYPE_CHECKING:
@@ -36,7 +38,12 @@ class LoraSettings(Config):
     r: int = Field(16, ge=1, description="Rank of the adapter matrices")
     alpha: int = Field(32, ge=1, description="Scaling numerator: updates are multiplied by alpha / r")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input while training")
-    target_modules: list[str] = Field(["q_proj", "v_proj"], description='Names of the linear layers to adapt, or ["all-linear"]')
+    target_modules: list[str] = Field(
+        ["auto"],
+        min_length=1,
+        description='Names of the linear layers to adapt, or one of ["auto"] (q_proj and v_proj, as in the document; all of '
+        'attention where a model names its layers otherwise), ["attention"], ["all-linear"]',
+    )
     last_layers: int = Field(
         0, ge=0, description="Adapt only the last n layers: faster, since the backward pass ends there; 0 adapts all"
     )
@@ -94,7 +101,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{folder}: the tokenizer has no chat template. Remedy: name one in the recipe (base_model.chat_template)."
+            f"{folder}: the tokenizer has no chat template. Remedy: name one in the recipe (base_model.chat_template: chatml, "
+            "plain, or a file of your own)."
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
@@ -117,6 +125,7 @@ def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool
     """
     from transformers import AutoModelForCausalLM
 
+    _refuse_training_of_4_bit_weights(files, settings, trainable)
     model = AutoModelForCausalLM.from_pretrained(str(files.base), **_load_kwargs(settings))
     model = _with_adapter(model, files, trainable)
     if files.adapter is not None and not trainable and settings.quantization == "none":
@@ -143,6 +152,7 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     _check_same_text(files.adapter or files.base, tokenizer)
+    _refuse_training_of_4_bit_weights(files, settings, trainable)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -171,32 +181,30 @@ def _check_same_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def lora_config(settings: LoraSettings, model: PreTrainedModel, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
-    """peft's LoraConfig for these settings on this model; a reward model's score head is trained and saved along."""
+    """peft's LoraConfig for these settings on this model.
+
+    Trained and saved along with the matrices: a reward model's score head, and the embeddings of tokens that were added to
+    the vocabulary (`alignment.added_tokens`), which no frozen base knows.
+
+    Raises:
+        UserError: `target_modules` names a layer that the model does not have.
+    """
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     layers = model.config.get_text_config().num_hidden_layers
-    targets = settings.target_modules
-    if targets == ["all-linear"]:
-        targets = _linear_names(model)
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=sorted(targets),
+        target_modules=sorted(target_layers(settings.target_modules, model)),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         layers_to_transform=list(range(max(layers - settings.last_layers, 0), layers)) if settings.last_layers else None,
         bias="none",
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        trainable_token_indices=rows_to_train(model),
     )
-
-
-def _linear_names(model: PreTrainedModel) -> set[str]:
-    # Last parts of the names of all linear layers inside the backbone; the vocabulary head and the score head stay out.
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    backbone = getattr(model, model.base_model_prefix)
-    return {name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
 
 
 def save_model(
@@ -208,6 +216,8 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     kwargs = {"selected_adapters": ["default"]} if hasattr(model, "peft_config") else {}
+    if not kwargs:
+        mark_trained(model)
     if dtype is not None and not kwargs:
         model = model.to(dtype)
         model.config.dtype = dtype
@@ -234,10 +244,30 @@ def _load_kwargs(settings: LoadSettings) -> dict[str, Any]:
     return kwargs
 
 
+def _refuse_training_of_4_bit_weights(files: ModelFiles, settings: LoadSettings, trainable: bool) -> None:
+    if trainable and files.adapter is None and settings.quantization != "none":
+        raise UserError(
+            f"load.quantization: {settings.quantization}: 4-bit weights cannot be trained, only adapters over them. Remedy: set "
+            "finetuning to lora, or load.quantization to none."
+        )
+
+
 def _with_adapter(model: PreTrainedModel, files: ModelFiles, trainable: bool) -> PreTrainedModel:
+    _keep_4_bit_weights_differentiable(model)
     if files.adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(files.adapter), is_trainable=trainable)
+        complete_wrappers(model)
+        if trainable:
+            put_trained_rows_in_base(model)
     model.config.use_cache = True
     return model.train() if trainable else model.eval()
+
+
+def _keep_4_bit_weights_differentiable(model: PreTrainedModel) -> None:
+    # On CPUs with AVX512-BF16 bitsandbytes repacks a layer for good when it is first used without gradients, and multiplies
+    # from then on by a kernel without a backward pass: training after an evaluation would silently lose its gradients.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from alignment.calibration import Calibration, fit, write_calibration
 from alignment.chat import conversation_ids
+from alignment.context_length import check_length, position_limit
 from alignment.cpu import speed_up
 from alignment.fingerprint import layout
 from alignment.models import (
@@ -111,6 +112,9 @@ def train_reward_model(
         load = load.model_copy(update={"dtype": "float32"})
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
+    check_length(model, config.max_length, "max_length", "lower it")
+    limit = position_limit(model)
+    readable = [pair for pair in heldout if _tokenise(tokenizer, pair, limit) is not None]
     lengths = [max(map(len, row.values())) for row in rows]
     margin = {"margin": config.margin} if config.margin else {}
 
@@ -130,8 +134,8 @@ def train_reward_model(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     # From here on the model is the one that later stages will load, not the one in memory.
-    model, gap = _reload(config, base, out, tokenizer, (heldout or train)[:4], model)
-    chosen, rejected = score_pairs(model, tokenizer, heldout, config.score_batch_size, log)
+    model, gap = _reload(config, base, out, tokenizer, (readable or train)[:4], model)
+    chosen, rejected = score_pairs(model, tokenizer, readable, config.score_batch_size, log)
     calibration = _calibrate(config, model, tokenizer, train, chosen, rejected, log)
     write_calibration(calibration, out / "model")
     metrics = {
@@ -142,10 +146,11 @@ def train_reward_model(
         "reload/score_gap": gap,
         "calibration/location": calibration.location,
         "calibration/scale": calibration.scale,
-        **accuracy_metrics(heldout, chosen, rejected),
+        "heldout/pairs_dropped_too_long": len(heldout) - len(readable),
+        **accuracy_metrics(readable, chosen, rejected),
     }
     rated = [[calibration.helpfulness(reward) for reward in rewards] for rewards in (chosen, rejected)]
-    if heldout:
+    if readable:
         metrics["heldout/helpfulness_chosen"], metrics["heldout/helpfulness_rejected"] = (sum(r) / len(r) for r in rated)
     table = [
         {
@@ -157,7 +162,7 @@ def train_reward_model(
             "helpfulness_chosen": hc,
             "helpfulness_rejected": hr,
         }
-        for p, c, r, hc, hr in zip(heldout, chosen, rejected, *rated, strict=True)
+        for p, c, r, hc, hr in zip(readable, chosen, rejected, *rated, strict=True)
     ]
     return trained, {k: v for k, v in metrics.items() if math.isfinite(v)}, table
 
@@ -174,6 +179,7 @@ def score(
     import torch
 
     ids = [conversation_ids(tokenizer, messages) for messages in conversations]
+    check_length(model, max(map(len, ids), default=0), "a conversation to score", "leave it out, or shorten it")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores: dict[int, float] = {}
     progress = Progress(log, what, len(ids))
@@ -249,7 +255,7 @@ def _win(a: float, b: float) -> float:
     return 1.0 if a > b else 0.5 if a == b else 0.0
 
 
-def _tokenise(tokenizer, pair: PreferencePair, max_length: int) -> dict[str, list[int]] | None:
+def _tokenise(tokenizer, pair: PreferencePair, max_length: float) -> dict[str, list[int]] | None:
     row = {
         f"{name}_ids": conversation_ids(tokenizer, [*pair.prompt_messages, {"role": "assistant", "content": answer}])
         for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from alignment.chat import IGNORE, training_example
+from alignment.context_length import check_length
 from alignment.cpu import speed_up
 from alignment.errors import UserError
 from alignment.likelihood import label_log_probs
@@ -87,6 +88,7 @@ def train_sft(
         load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates; autocast computes in bf16
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_causal_lm(base, load, trainable=config.finetuning == "full")
+    check_length(model, config.max_length, "max_length", "lower it")
     lengths = [len(row["input_ids"]) for row in rows]
 
     class LengthGroupedSftTrainer(SFTTrainer):

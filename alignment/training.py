@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from alignment.added_tokens import complete_wrappers
 from alignment.fingerprint import layout
 from alignment.models import Config, resolve_dtype
 from alignment.progress import Log, last_complete_checkpoint, trainer_callback
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 
 
 class OptimSettings(Config):
@@ -126,6 +127,8 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
 
+    complete_wrappers(trainer.model)
+    _undo_rounding(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(log, what))
     resume = last_complete_checkpoint(work / "trainer")
@@ -138,6 +141,16 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
         for name, value in _numbers(entry).items():
             curves.setdefault(name, []).append((entry["step"], value))
     return Trained(curves, trainer.state.global_step)
+
+
+def _undo_rounding(model: PreTrainedModel) -> None:
+    # Over a quantised base TRL turns all that is trained into bfloat16. There a step below 1/512 of a weight rounds to
+    # nothing: all of them, at the learning rates of DPO. Autocast computes in 16 bit without that; and a score head has to
+    # fit the base that it is used on.
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and hasattr(model, "peft_config"):
+            parameter.data = parameter.data.to(dtype) if ".modules_to_save." in name else parameter.data.float()
 
 
 def _drop_incomplete(folder: Path, keep: Path | None) -> None:

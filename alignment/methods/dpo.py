@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from alignment.chat import answer_ids
+from alignment.context_length import check_length
 from alignment.cpu import speed_up
 from alignment.errors import UserError
 from alignment.models import (
@@ -63,7 +64,7 @@ class DpoConfig(Config):
     )
     finetuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or all weights of a full SFT model")
     lora: LoraSettings = Field(
-        LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["attention"]),
         description="The new adapter, where the SFT checkpoint is a full model; an SFT adapter keeps its own shape",
     )
     load: LoadSettings = Field(LoadSettings(), description="How base and SFT adapter are loaded")
@@ -119,6 +120,7 @@ def train_dpo(
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
     model = load_causal_lm(sft, load, trainable=full or sft.adapter is not None)
+    check_length(model, config.max_length, "max_length", "lower it")
     rows = [_tokenise(tokenizer, pair) for pair in pairs]
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
 

@@ -379,8 +379,10 @@ class _Learner:
         tensors, counts = {}, {}
         for role, parameters in self._parameters.items():
             for name, parameter in parameters.items():
-                state = self._optimisers[role].state[parameter]
                 tensors[f"{role}.{name}"] = parameter.data.contiguous()
+                state = self._optimisers[role].state.get(parameter)
+                if state is None:
+                    continue  # it has no part in this role (a critic's rows of the vocabulary head), and never a gradient
                 for moment in ("exp_avg", "exp_avg_sq"):
                     tensors[f"{role}.{name}.{moment}"] = state[moment]
                 counts[role] = float(state["step"])
@@ -405,6 +407,8 @@ class _Learner:
             for name, parameter in parameters.items():
                 key = f"{role}.{name}"
                 parameter.data.copy_(tensors[key])
+                if f"{key}.exp_avg" not in tensors:
+                    continue
                 self._optimisers[role].state[parameter] = {
                     "step": torch.tensor(state["updates"][role]),
                     **{m: tensors[f"{key}.{m}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")},

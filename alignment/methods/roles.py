@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.added_tokens import rows_for_another_adapter
 from alignment.errors import UserError
 from alignment.likelihood import next_token_logits, only_projects
 from alignment.models import (
@@ -327,6 +328,7 @@ def _add_adapter(peft: PeftModel, folder: Path, name: str, *, trainable: bool = 
     heads = [key for key in weights if key.endswith("score.weight")]
     head = weights.pop(heads[0]) if heads else None
     dtype = peft.get_base_model().get_input_embeddings().weight.dtype
+    rows_for_another_adapter(peft, config, weights)
     peft.add_adapter(name, config)
     if not trainable:
         # Frozen: the precision it is computed in anyway.

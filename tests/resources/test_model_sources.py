@@ -217,10 +217,10 @@ def test_naming_a_pad_token_that_the_model_does_not_know_is_refused(model, tmp_p
 
 def test_the_chat_template_can_be_replaced(model, tmp_path):
     template = tmp_path / "template.jinja"
-    template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+    template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}")
     fetch(local(model, chat_template=str(template)), tmp_path / "out")
     messages = [{"role": "user", "content": "Hi"}]
-    assert load_tokenizer(tmp_path / "out").apply_chat_template(messages, tokenize=False) == "[user] Hi"
+    assert load_tokenizer(tmp_path / "out").apply_chat_template(messages, tokenize=False) == "[user] Hi<|im_end|>"
     assert load_tokenizer(model).apply_chat_template(messages, tokenize=False).startswith("<|im_start|>")
 
 
