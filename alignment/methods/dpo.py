@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignment.cpu import speed_up
 from alignment.methods.pairs import PairsConfig, tokenised_pairs
@@ -34,10 +34,25 @@ class DpoConfig(PairsConfig):
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "exo_pair", "apo_zero", "sigmoid_norm"] = Field(
         "sigmoid", description="TRL's loss; sigmoid is the paper's"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO)")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed share of flipped labels, in the losses robust and exo_pair; others have no place for it",
+    )
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of the chosen answer's cross-entropy, added to the loss (RPO, arXiv 2404.19733)"
     )
+
+    @model_validator(mode="after")
+    def _smoothing_where_it_is_read(self) -> DpoConfig:
+        if self.label_smoothing and self.loss_type not in {"robust", "exo_pair"}:
+            raise ValueError(
+                f"label_smoothing is ignored by loss_type {self.loss_type}; choose robust or exo_pair, or set it to 0"
+            )
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("loss_type exo_pair needs a label_smoothing above 0")
+        return self
 
 
 def train_dpo(

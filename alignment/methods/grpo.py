@@ -59,7 +59,12 @@ def train_grpo(
             ids = sampler.render(prompts)
             return {"prompt_ids": ids, "completion_ids": sampler.sample(trainer, ids), "logprobs": None}
 
-        args = TrlConfig(**arguments, loss_type=config.loss_type, scale_rewards=config.scale_rewards)
+        args = TrlConfig(
+            **arguments,
+            loss_type=config.loss_type,
+            scale_rewards=config.scale_rewards,
+            use_bias_correction_kl=False,  # a later paper's: TRL multiplies the KL by the ratio unless told otherwise
+        )
         return GRPOTrainer(args=args, rollout_func=rollout, **kwargs)
 
     return train_group_rl("GRPO", trainer, config, sft, reward_model, tasks, work=work, out=out, log=log)

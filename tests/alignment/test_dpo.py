@@ -152,6 +152,14 @@ def test_the_sft_term_adds_the_chosen_answers_cross_entropy(train):
     assert curve(weighted)[0] - curve(plain)[0] == pytest.approx(cross_entropy / 2, abs=1e-4)
 
 
+def test_label_smoothing_is_refused_where_trl_would_ignore_it():
+    for loss_type in ("sigmoid", "hinge", "ipo"):
+        with pytest.raises(ValueError, match=rf"label_smoothing is ignored by loss_type {loss_type}"):
+            DpoConfig(loss_type=loss_type, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="needs a label_smoothing above 0"):
+        DpoConfig(loss_type="exo_pair")
+
+
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,14 +14,13 @@ from alignment.likelihood import answer_log_probs
 from alignment.methods import METHODS, Training
 from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer
 from alignment.progress import SILENT
-from alignment.records import Conversation, Message, PreferencePair, Problem
+from alignment.records import Conversation, Message, PreferencePair
 from alignment.rewards import RewardWeights, Rollout, exact_answer, problem_task
-from alignment.sft import SftConfig, train_sft
 from alignment.training import OptimSettings
 
-ANSWERS = ("17", "42", "58", "93")
+ANSWERS = ("17", "42", "58", "93")  # of the model `four_answers`
 BEST = "42"
-PROBLEMS = [Problem(id=f"q{i}", prompt=f"Question {i}", answer=BEST) for i in range(16)]
+HELLO = Conversation(id="c", messages=(Message(role="user", content="Hi"), Message(role="assistant", content="Hello")))
 FLOAT32 = LoadSettings(dtype="float32")
 
 
@@ -61,70 +60,43 @@ def question(problem):
 
 
 @pytest.fixture(scope="module")
-def start(tiny_model, tmp_path_factory):
-    """A full model that gives each of the four answers to every question equally often."""
-    folder = tmp_path_factory.mktemp("start")
-    rows = [
-        Conversation(
-            id=f"{p.id}{answer}",
-            messages=(Message(role="user", content=question(p)), Message(role="assistant", content=answer)),
-        )
-        for p in PROBLEMS
-        for answer in ANSWERS
-    ]
-    settings = OptimSettings(epochs=50, learning_rate=5e-3, batch_size=32, micro_batch_size=32)
-    (folder / "work").mkdir()
-    train_sft(
-        SftConfig(finetuning="full", load=FLOAT32, optim=settings),
-        ModelFiles(tiny_model),
-        rows,
-        [],
-        work=folder / "work",
-        out=folder,
-    )
-    return ModelFiles(folder / "model")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(problems, tmp_path_factory):
     """The folder of data for a sign of the aim: problems and pairs."""
     folders = {}
     for sign in (1, -1):
         folder = folders[sign] = tmp_path_factory.mktemp("data")
         pairs = []
-        for p in PROBLEMS:
+        for p in problems:
             for i, other in enumerate(a for a in ANSWERS if a != BEST):
                 chosen, rejected = (BEST, other)[::sign]
                 pairs.append(PreferencePair(id=f"{p.id}{i}", prompt=question(p), chosen=chosen, rejected=rejected))
         for name, rows in {
             "pairs": pairs,
             "reward_train": pairs,
-            "problems_train": PROBLEMS,
-            "train": [Conversation(id="c", messages=(Message(role="user", content="a"), Message(role="assistant", content="b")))],
-            "heldout": [
-                Conversation(id="c", messages=(Message(role="user", content="a"), Message(role="assistant", content="b")))
-            ],
+            "problems_train": problems,
+            "train": [HELLO],
+            "heldout": [HELLO],
         }.items():
             (folder / f"{name}.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
     return folders
 
 
-def mean_reward(files):
+def mean_reward(files, problems):
     """The share of right answers, of eight samples for each question."""
     model, tokenizer = load_causal_lm(files, FLOAT32), load_tokenizer(files.base)
-    tasks = [problem_task(p) for p in PROBLEMS for _ in range(8)]
+    tasks = [problem_task(p) for p in problems for _ in range(8)]
     settings = SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=6)
     answers = generate(model, tokenizer, [t.messages for t in tasks], settings, seeds=list(range(len(tasks))))
     return mean(exact_answer([Rollout(t, a.text, a.ended) for t, a in zip(tasks, answers, strict=True)]))
 
 
-def preference(files):
+def preference(files, problems):
     """The probability of the right answer where one of the four must be given, mean over the questions."""
     model, tokenizer = load_causal_lm(files, FLOAT32), load_tokenizer(files.base)
-    asked = [problem_task(p).messages for p in PROBLEMS for _ in ANSWERS]
-    answers = ANSWERS * len(PROBLEMS)
+    asked = [problem_task(p).messages for p in problems for _ in ANSWERS]
+    answers = ANSWERS * len(problems)
     log_probs = answer_log_probs(model, tokenizer, asked, answers, batch_size=64, ended=[True] * len(answers))
-    of_question = torch.tensor(log_probs).view(len(PROBLEMS), len(ANSWERS)).softmax(-1)
+    of_question = torch.tensor(log_probs).view(len(problems), len(ANSWERS)).softmax(-1)
     return of_question[:, ANSWERS.index(BEST)].mean().item()
 
 
@@ -133,7 +105,7 @@ MEASURE = {"dpo": preference, "kto": preference}
 
 
 @pytest.fixture(scope="module")
-def policy(start, data, tmp_path_factory):
+def policy(four_answers, data, tmp_path_factory):
     """Trains by a method's own entry in the table; returns the policy."""
 
     def run(name, seed, sign):
@@ -141,7 +113,7 @@ def policy(start, data, tmp_path_factory):
         for sub in ("work", "out"):
             (folder / sub).mkdir()
         training = Training(
-            models={"sft_checkpoint": start, "base_model": start, "reward_model": start},
+            models=dict.fromkeys(("sft_checkpoint", "base_model", "reward_model"), four_answers),
             folders=dict.fromkeys(method.inputs, data[sign]),
             prompt_tags=(),
             work=folder / "work",
@@ -162,18 +134,18 @@ def test_every_method_is_here():
 SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 
 
-def test_the_start_gives_every_answer_equally_often(start):
-    assert 0.15 < mean_reward(start) < 0.35
-    assert 0.2 < preference(start) < 0.3
+def test_the_start_gives_every_answer_equally_often(four_answers, problems):
+    assert 0.15 < mean_reward(four_answers, problems) < 0.35
+    assert 0.2 < preference(four_answers, problems) < 0.3
 
 
 @SEEDS
 @pytest.mark.parametrize("name", METHODS)
-def test_it_learns_the_best_answer(policy, name, seed):
-    assert MEASURE.get(name, mean_reward)(policy(name, seed, 1)) >= 0.9
+def test_it_learns_the_best_answer(policy, problems, name, seed):
+    assert MEASURE.get(name, mean_reward)(policy(name, seed, 1), problems) >= 0.9
 
 
 @SEEDS
 @pytest.mark.parametrize("name", METHODS)
-def test_told_the_opposite_it_unlearns_it(policy, name, seed):
-    assert MEASURE.get(name, mean_reward)(policy(name, seed, -1)) <= 0.05
+def test_told_the_opposite_it_unlearns_it(policy, problems, name, seed):
+    assert MEASURE.get(name, mean_reward)(policy(name, seed, -1), problems) <= 0.05
