@@ -1,9 +1,9 @@
 """Batched sampling whose result depends on the prompt and its seed, not on the batch it happened to be in.
 
 Rows are sorted by length so that a batch holds little padding. Sampling draws from the top-k tokens by the Gumbel-max
-trick (argmax of logit / temperature + Gumbel noise equals a draw from the softmax), or from the whole vocabulary by
-inverting the cumulative distribution at one uniform number a token, with noise from a generator per row; batch size and
-order therefore change nothing but rounding.
+trick (argmax of logit / temperature + Gumbel noise equals a draw from the softmax), with noise from a generator per
+row; batch size and order therefore change nothing but rounding. From the whole vocabulary it draws by inverting the
+cumulative distribution, one uniform number a token: noise for every token of the vocabulary would not fit in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SamplingSettings(Config):
 
     max_new_tokens: int = Field(128, ge=1, description="An answer is cut after this many tokens")
     temperature: float = Field(0.7, ge=0, description="Softmax temperature; 0 takes the likeliest token (greedy)")
-    top_k: int = Field(50, ge=0, description="Sample from the k likeliest tokens only; 0: from all")
+    top_k: int = Field(50, ge=0, description="Sample from the k likeliest tokens only; 0 samples from the whole vocabulary")
     repetition_penalty: float = Field(
         1.0,
         ge=1,
@@ -67,9 +67,30 @@ def generate(
         seeds: one per conversation, needed when temperature > 0.
         not_first: no answer starts with the first token of this text.
     """
+    barred = tokenizer(not_first, add_special_tokens=False)["input_ids"][:1] if not_first else None
+    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    answers = sample_ids(model, tokenizer, prompts, settings, seeds=seeds, barred=barred, log=log, what=what)
+    return [completion(tokenizer, ids) for ids in answers]
+
+
+def sample_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    *,
+    seeds: Sequence[int] | None = None,
+    barred: Sequence[int] | None = None,
+    log: Log = SILENT,
+    what: str = "sampling",
+) -> list[list[int]]:
+    """`generate` on token ids: for every prompt the new ids, up to and including EOS if the answer ended by itself.
+
+    Args:
+        barred: no answer starts with one of these ids.
+    """
     import torch
 
-    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
     check_length(
         model,
         max(map(len, prompts), default=0) + settings.max_new_tokens,
@@ -77,26 +98,28 @@ def generate(
         "lower max_new_tokens, or leave out the longest prompts",
     )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    done: dict[int, Completion] = {}
-    barred = tokenizer(not_first, add_special_tokens=False)["input_ids"][:1] if not_first else None
+    done: dict[int, list[int]] = {}
     progress = Progress(log, what, len(prompts))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     model.eval()
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
         width = max(len(prompts[i]) for i in rows)
-        pad = tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in rows])
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in rows])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
         row_seeds = [seeds[i] for i in rows] if seeds else None
         out = _generate_batch(model, tokenizer, ids, mask, settings, row_seeds, barred)
         for i, row in zip(rows, out.tolist(), strict=True):
-            ended = tokenizer.eos_token_id in row
-            kept = row[: row.index(tokenizer.eos_token_id)] if ended else row
-            text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-            sampled = tuple(row[: len(kept) + ended])
-            done[i] = Completion(text, len(sampled), ended, sampled)
+            done[i] = row[: row.index(eos) + 1] if eos in row else row
         progress.advance(len(rows))
     return [done[i] for i in range(len(prompts))]
+
+
+def completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Completion:
+    """The answer that sampled ids spell."""
+    ended = tokenizer.eos_token_id in ids
+    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
+    return Completion(text, len(ids), ended, tuple(ids))
 
 
 def _generate_batch(
@@ -106,7 +129,7 @@ def _generate_batch(
     mask: torch.Tensor,
     settings: SamplingSettings,
     seeds: Sequence[int] | None,
-    barred: list[int] | None,
+    barred: Sequence[int] | None,
 ) -> torch.Tensor:
     """New token ids, (B, max_new_tokens), right-padded.
 
@@ -122,7 +145,7 @@ def _generate_batch(
     if settings.temperature > 0:
         if seeds is None:
             raise ValueError("temperature > 0 needs a seed per conversation")
-        noise = _gumbel_noise(settings, seeds) if settings.top_k else _uniform_noise(settings, seeds)
+        noise = _noise(settings, seeds)
     out = torch.full((len(ids), settings.max_new_tokens), tokenizer.pad_token_id)
     rows, ids, mask = torch.arange(len(ids)), ids.to(model.device), mask.to(model.device)
     cache = growing_cache(model, limit)
@@ -136,8 +159,8 @@ def _generate_batch(
                 max_new_tokens=limit - ids.shape[1],
                 do_sample=False,
                 repetition_penalty=settings.repetition_penalty,
-                begin_suppress_tokens=barred if ids.shape[1] == width else None,
-                logits_processor=LogitsProcessorList([] if noise is None else [_seeded(settings, noise[rows], width)]),
+                begin_suppress_tokens=list(barred) if barred and ids.shape[1] == width else None,
+                logits_processor=LogitsProcessorList([] if noise is None else [_seeded_choice(settings, noise[rows], width)]),
                 stopping_criteria=StoppingCriteriaList([] if cache is None else [_enough_ended(width, eos, len(rows))]),
                 past_key_values=cache,
                 pad_token_id=tokenizer.pad_token_id,
@@ -232,39 +255,30 @@ def _enough_ended(prompt_width: int, eos: int, rows: int):
     return EnoughEnded()
 
 
-def _gumbel_noise(settings: SamplingSettings, seeds: Sequence[int]) -> torch.Tensor:
-    """(B, max_new_tokens, top_k): row by row from a generator of its own."""
+def _noise(settings: SamplingSettings, seeds: Sequence[int]) -> torch.Tensor:
+    """Row by row from a generator of its own: Gumbel noise (B, max_new_tokens, top_k), or uniform (B, max_new_tokens, 1)."""
     import torch
 
-    shape = (settings.max_new_tokens, settings.top_k)
-    noise = torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds])
-    return -torch.log(-torch.log(noise.clamp(1e-12, 1 - 1e-12)))
+    shape = (settings.max_new_tokens, settings.top_k or 1)
+    rows = [torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    noise = torch.stack(rows)
+    return -torch.log(-torch.log(noise.clamp(1e-12, 1 - 1e-12))) if settings.top_k else noise.clamp(max=1 - 1e-6)
 
 
-def _uniform_noise(settings: SamplingSettings, seeds: Sequence[int]) -> torch.Tensor:
-    """(B, max_new_tokens, 1): row by row from a generator of its own."""
-    import torch
-
-    shape = (settings.max_new_tokens, 1)
-    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds])
-
-
-def _seeded(settings: SamplingSettings, noise: torch.Tensor, prompt_width: int):
+def _seeded_choice(settings: SamplingSettings, noise: torch.Tensor, prompt_width: int):
     import torch
     from transformers import LogitsProcessor
 
-    class Seeded(LogitsProcessor):
+    class SeededChoice(LogitsProcessor):
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-            step_noise = noise[:, input_ids.shape[1] - prompt_width]
+            now = noise[:, input_ids.shape[1] - prompt_width]
             if settings.top_k:
                 values, indices = scores.float().topk(min(settings.top_k, scores.shape[-1]), dim=-1)
-                noisy = values / settings.temperature + step_noise[:, : values.shape[-1]].to(values)
+                noisy = values / settings.temperature + now[:, : values.shape[-1]].to(values)
                 choice = indices.gather(-1, noisy.argmax(-1, keepdim=True))
             else:
                 cumulative = (scores.float() / settings.temperature).softmax(-1).cumsum(-1)
-                # The sum may end a rounding error below 1; the draw is a share of where it ends.
-                choice = torch.searchsorted(cumulative, step_noise.to(cumulative) * cumulative[:, -1:], right=True)
-                choice = choice.clamp(max=scores.shape[-1] - 1)
+                choice = torch.searchsorted(cumulative, now.to(cumulative) * cumulative[:, -1:], right=True)
             return torch.full_like(scores, float("-inf")).scatter_(-1, choice, 0.0)
 
-    return Seeded()
+    return SeededChoice()

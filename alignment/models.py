@@ -133,6 +133,29 @@ def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool
     return model
 
 
+def load_for_training(
+    files: ModelFiles, *, finetuning: Literal["lora", "full"], lora: LoraSettings, load: LoadSettings
+) -> tuple[PreTrainedModel, Any]:
+    """The model to train and, if a new adapter is to be trained over it, peft's configuration of it (else None).
+
+    - lora, and the files are an adapter: that one is trained on, in its own shape;
+    - lora, and they are a full model: a new adapter of shape `lora`;
+    - full: all weights, in float32, as bf16 weights lose small updates; autocast computes in bf16.
+
+    Raises:
+        UserError: all weights of an adapter are to be trained.
+    """
+    if finetuning == "full" and files.adapter is not None:
+        raise UserError(
+            "finetuning: full needs an SFT checkpoint that is a full model, and this one is an adapter. "
+            "Remedy: set sft_checkpoint.finetuning to full, or this to lora."
+        )
+    if finetuning == "full":
+        return load_causal_lm(files, load.model_copy(update={"dtype": "float32"}), trainable=True), None
+    model = load_causal_lm(files, load, trainable=files.adapter is not None)
+    return model, lora_config(lora, model, "CAUSAL_LM") if files.adapter is None else None
+
+
 def load_reward_model(
     files: ModelFiles,
     settings: LoadSettings,

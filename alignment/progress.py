@@ -98,7 +98,10 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 def quiet() -> None:
     """Silence the libraries' progress bars and notices: a step's log says how far it is, once, in one format."""
     import logging
+    import os
     import warnings
+
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # what is experimental in TRL is used knowingly, and pinned
 
     import datasets
     import transformers

@@ -23,9 +23,8 @@ from alignment.models import (
     LoadSettings,
     LoraSettings,
     ModelFiles,
-    load_causal_lm,
+    load_for_training,
     load_tokenizer,
-    lora_config,
     resolve_dtype,
     save_model,
 )
@@ -57,16 +56,18 @@ class NothingToTrain(UserError):
 
 def train_sft(
     config: SftConfig,
-    base: ModelFiles,
+    start: ModelFiles,
     train: Sequence[Conversation],
     heldout: Sequence[Conversation],
     *,
     work: Path,
     out: Path,
     log: Log = SILENT,
+    what: str = "SFT",
 ) -> tuple[Trained, dict[str, float]]:
-    """Fine-tune `base` on `train`; the model goes to `out/model`, trainer checkpoints to `work`.
+    """Fine-tune `start` on `train`; the model goes to `out/model`, trainer checkpoints to `work`.
 
+    A start that is an adapter is trained on; over a full model a new adapter is trained, or all weights are.
     Returns the training curves and final metrics: train/loss (mean over steps), heldout/loss (nats per assistant token)
     before and after, heldout/eos_probability, rows and dropped rows.
     """
@@ -75,7 +76,7 @@ def train_sft(
     from trl import SFTTrainer
 
     speed_up()
-    tokenizer = load_tokenizer(base.base, config.load.trust_remote_code)
+    tokenizer = load_tokenizer(start.base, config.load.trust_remote_code)
     rows, dropped = _tokenise(tokenizer, train, config.max_length)
     held, _ = _tokenise(tokenizer, heldout, config.max_length)
     if not rows:
@@ -83,11 +84,8 @@ def train_sft(
             f"all {len(train)} training conversations are longer than max_length {config.max_length} tokens, or have no token to "
             "train on. Remedy: raise max_length or shorten the data; give each an assistant turn."
         )
-    load = config.load
-    if config.finetuning == "full":
-        load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates; autocast computes in bf16
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
-    model = load_causal_lm(base, load, trainable=config.finetuning == "full")
+    model, adapter = load_for_training(start, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
     lengths = [len(row["input_ids"]) for row in rows]
 
@@ -99,11 +97,11 @@ def train_sft(
         model=model,
         args=TrlConfig(**arguments),
         train_dataset=Dataset.from_list(rows),
-        peft_config=lora_config(config.lora, model, "CAUSAL_LM") if config.finetuning == "lora" else None,
+        peft_config=adapter,
         processing_class=tokenizer,
     )
     before = nats_per_token(trainer.model, tokenizer, held, config.optim.micro_batch_size)
-    trained = run_trainer(trainer, work, log, "SFT")
+    trained = run_trainer(trainer, work, log, what)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = nats_per_token(model, tokenizer, held, config.optim.micro_batch_size)
     stops = eos_probability(model, tokenizer, held[:_ROWS_FOR_EOS], config.optim.micro_batch_size)

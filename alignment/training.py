@@ -66,6 +66,10 @@ class Trained:
         points = self.curves.get(name, [])
         return sum(v for _, v in points) / len(points) if points else float("nan")
 
+    def first(self, name: str) -> float:
+        """The metric's first logged value; NaN if it was never logged."""
+        return self.curves[name][0][1] if self.curves.get(name) else float("nan")
+
     def last(self, name: str) -> float:
         """The metric's last logged value; NaN if it was never logged."""
         return self.curves[name][-1][1] if self.curves.get(name) else float("nan")

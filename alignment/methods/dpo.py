@@ -12,80 +12,48 @@ The policy starts at, and is measured against, the SFT checkpoint, with one base
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from alignment.chat import answer_ids
 from alignment.context_length import check_length
 from alignment.cpu import speed_up
-from alignment.errors import UserError
-from alignment.models import (
-    Config,
-    LoadSettings,
-    LoraSettings,
-    ModelFiles,
-    load_causal_lm,
-    load_tokenizer,
-    lora_config,
-    resolve_dtype,
-    save_model,
-)
+from alignment.methods.pairs import PairsConfig, tokenised_pairs
+from alignment.models import ModelFiles, load_for_training, load_tokenizer, resolve_dtype, save_model
 from alignment.progress import SILENT, Log
 from alignment.records import PreferencePair
-from alignment.sft import NothingToTrain
-from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from alignment.training import Trained, length_grouped, run_trainer, trainer_arguments
 
 CODE_VERSION = "1"
 
 
-class DpoConfig(Config):
-    """Settings of DPO; the defaults are those of the user's document."""
+class DpoConfig(PairsConfig):
+    """Settings of DPO."""
 
-    beta: float = Field(0.1, gt=0, description="KL coefficient: higher stays closer to the SFT checkpoint")
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "exo_pair", "apo_zero", "sigmoid_norm"] = Field(
         "sigmoid", description="TRL's loss; sigmoid is the paper's"
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO)")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed share of flipped labels, in the losses robust and exo_pair; others have no place for it",
+    )
     sft_weight: float = Field(
         0.0, ge=0, description="Weight of the chosen answer's cross-entropy, added to the loss (RPO, arXiv 2404.19733)"
     )
-    human_pairs: int = Field(
-        0,
-        ge=0,
-        description="Human comparisons that join the constitutional pairs: a seeded sample of those the reward model learns "
-        "from, worked critiques left out. They keep the policy helpful where nothing is harmful",
-    )
-    finetuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or all weights of a full SFT model")
-    lora: LoraSettings = Field(
-        LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["attention"]),
-        description="The new adapter, where the SFT checkpoint is a full model; an SFT adapter keeps its own shape",
-    )
-    load: LoadSettings = Field(LoadSettings(), description="How base and SFT adapter are loaded")
-    optim: OptimSettings = Field(
-        OptimSettings(epochs=1, learning_rate=5e-7, batch_size=16, micro_batch_size=2), description="Training settings"
-    )
-    max_length: int = Field(512, ge=16, description="Prompt and answer are cut after this many tokens")
 
-
-def dpo_training_pairs(
-    constitutional: Sequence[PreferencePair], human: Sequence[PreferencePair], config: DpoConfig
-) -> list[PreferencePair]:
-    """Constitutional pairs and `human_pairs` of the human ones, in a seeded order.
-
-    The mixture is the paper's: its preference model learns harmlessness from the constitution and helpfulness from people.
-    """
-    rng = random.Random(config.optim.seed)
-    pool = [pair for pair in human if pair.source == "human"]
-    pairs = [*constitutional, *rng.sample(pool, min(config.human_pairs, len(pool)))]
-    rng.shuffle(pairs)
-    return pairs
+    @model_validator(mode="after")
+    def _smoothing_where_it_is_read(self) -> DpoConfig:
+        if self.label_smoothing and self.loss_type not in {"robust", "exo_pair"}:
+            raise ValueError(
+                f"label_smoothing is ignored by loss_type {self.loss_type}; choose robust or exo_pair, or set it to 0"
+            )
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("loss_type exo_pair needs a label_smoothing above 0")
+        return self
 
 
 def train_dpo(
@@ -105,27 +73,16 @@ def train_dpo(
     from trl import DPOConfig as TrlConfig
     from trl import DPOTrainer
 
-    if not pairs:
-        raise NothingToTrain("there are no preference pairs. Remedy: look at the filter counts of the pairs asset.")
     speed_up()
     tokenizer = load_tokenizer(sft.base, config.load.trust_remote_code)
-    load, full = config.load, config.finetuning == "full"
-    if full and sft.adapter is not None:
-        raise UserError(
-            "aligned_policy/dpo.finetuning: full needs an SFT checkpoint that is a full model, and this one is an adapter. "
-            "Remedy: set sft_checkpoint.finetuning to full, or this to lora."
-        )
-    if full:
-        load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates; autocast computes in bf16
+    rows = tokenised_pairs(tokenizer, pairs)
+    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    model, adapter = load_for_training(sft, finetuning=config.finetuning, lora=config.lora, load=config.load)
+    check_length(model, config.max_length, "max_length", "lower it")
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
-    model = load_causal_lm(sft, load, trainable=full or sft.adapter is not None)
-    check_length(model, config.max_length, "max_length", "lower it")
-    rows = [_tokenise(tokenizer, pair) for pair in pairs]
-    lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
 
     class TokenisedDpoTrainer(DPOTrainer):
-        # TRL's own rendering also scores and trains what a template writes after EOS.
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
@@ -134,7 +91,7 @@ def train_dpo(
 
     trainer = TokenisedDpoTrainer(
         model=model,
-        peft_config=lora_config(config.lora, model, "CAUSAL_LM") if not full and sft.adapter is None else None,
+        peft_config=adapter,
         args=TrlConfig(
             **arguments,
             beta=config.beta,
@@ -157,9 +114,3 @@ def train_dpo(
         "train/chosen_reward_last": trained.last("rewards/chosen"),
     }
     return trained, {k: v for k, v in metrics.items() if math.isfinite(v)}
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair) -> dict[str, list[int]]:
-    prompt, chosen = answer_ids(tokenizer, pair.prompt_messages, pair.chosen)
-    _, rejected = answer_ids(tokenizer, pair.prompt_messages, pair.rejected)
-    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}

@@ -45,6 +45,7 @@ from alignment.methods.ppo_losses import (
     whiten,
 )
 from alignment.methods.roles import Roles, Sequences, make_roles
+from alignment.methods.tasks import TaskKind
 from alignment.models import Config, LoadSettings, LoraSettings, ModelFiles, load_tokenizer, resolve_dtype, save_model
 from alignment.progress import COMPLETE, SILENT, Log, last_complete_checkpoint
 from alignment.rewards import RewardWeights, Rollout, Task, model_reward, reward_functions, total_rewards
@@ -83,9 +84,7 @@ class PpoConfig(Config):
     whiten_advantages: bool = Field(True, description="Scale the advantages of a mini-batch to mean 0 and variance 1")
     missing_eos_penalty: float = Field(1.0, ge=0, description="Taken off the score of an answer that was cut at its length limit")
     rewards: RewardWeights = Field(RewardWeights(), description="What is maximised: a weighted sum")
-    tasks: Literal["prompts", "problems", "both"] = Field(
-        "prompts", description="Train on the constitution's prompts, on problems with a known answer, or on both"
-    )
+    tasks: TaskKind = Field("prompts", description="Train on the constitution's prompts, on problems with answers, or on both")
     sampling: SamplingSettings = Field(
         SamplingSettings(temperature=0.7, top_k=0, max_new_tokens=128), description="How the policy answers while it trains"
     )

@@ -23,6 +23,7 @@ from alignment.models import (
     LoraSettings,
     ModelFiles,
     load_causal_lm,
+    load_for_training,
     load_reward_model,
     lora_config,
 )
@@ -222,18 +223,13 @@ def make_roles(
     Raises:
         UserError: all weights are to be trained of a checkpoint that is an adapter.
     """
-    if full and sft.adapter is not None:
-        raise UserError(
-            "aligned_policy/ppo.finetuning: full needs an SFT checkpoint that is a full model, and this one is an adapter. "
-            "Remedy: set sft_checkpoint.finetuning to full, or this to lora."
-        )
     from_reward = critic_from_reward and reward is not None
     shared = share_base and not full
+    policy_model, adapter = load_for_training(sft, finetuning="full" if full else "lora", lora=lora, load=load)
     if full:
-        load = load.model_copy(update={"dtype": "float32"})  # bf16 weights lose small updates
-    policy_model = load_causal_lm(sft, load, trainable=full or sft.adapter is not None)
-    if not full and sft.adapter is None:
-        policy_model = _new_adapter(policy_model, lora, seed)
+        load = load.model_copy(update={"dtype": "float32"})  # as the policy
+    if adapter is not None:
+        policy_model = _new_adapter(policy_model, adapter, seed)
     policy_model.eval()  # no dropout: the ratio between two passes is to measure the update alone
     inner = policy_model if full else policy_model.get_base_model()
     peft = None if full else policy_model
@@ -309,12 +305,12 @@ def computing_in(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _new_adapter(model: PreTrainedModel, lora: LoraSettings, seed: int) -> PeftModel:
+def _new_adapter(model: PreTrainedModel, config: Any, seed: int) -> PeftModel:
     import torch
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(model, lora_config(lora, model, "CAUSAL_LM"))
+    return get_peft_model(model, config)
 
 
 def _add_adapter(peft: PeftModel, folder: Path, name: str, *, trainable: bool = False) -> torch.Tensor | None:

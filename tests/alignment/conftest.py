@@ -51,6 +51,63 @@ def tokenizer(tiny_model):
     return load_tokenizer(tiny_model)
 
 
+ANSWERS = ("17", "42", "58", "93")
+
+
+@pytest.fixture(scope="session")
+def problems():
+    """Sixteen problems, all with the same answer, one of the four that `four_answers` gives."""
+    from alignment.records import Problem
+
+    return [Problem(id=f"q{i}", prompt=f"Question {i}", answer=ANSWERS[1]) for i in range(16)]
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(float32, tmp_path_factory):
+    """Fine-tunes a model on the answers to problems; the folder of what was trained."""
+    from alignment.records import Conversation, Message
+    from alignment.rewards import problem_task
+    from alignment.sft import SftConfig, train_sft
+    from alignment.training import OptimSettings
+
+    def run(start, problems, answers, finetuning, epochs, learning_rate):
+        folder = tmp_path_factory.mktemp("fine_tuned")
+        (folder / "work").mkdir()
+        rows = [
+            Conversation(
+                id=f"{p.id}{answer}",
+                messages=(
+                    Message(role="user", content=problem_task(p).messages[0]["content"]),
+                    Message(role="assistant", content=answer),
+                ),
+            )
+            for p in problems
+            for answer in answers
+        ]
+        optim = OptimSettings(epochs=epochs, learning_rate=learning_rate, batch_size=32, micro_batch_size=32)
+        train_sft(SftConfig(finetuning=finetuning, load=float32, optim=optim), start, rows, [], work=folder / "work", out=folder)
+        return folder / "model"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def four_answers(tiny_model, problems, fine_tuned):
+    """A full model that gives each of four answers to every problem equally often."""
+    from alignment.models import ModelFiles
+
+    return ModelFiles(fine_tuned(ModelFiles(tiny_model), problems, ANSWERS, "full", epochs=50, learning_rate=5e-3))
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(four_answers, problems, fine_tuned):
+    """An SFT adapter over `four_answers`, with dropout in its configuration: the usual start of a method."""
+    from alignment.models import ModelFiles
+
+    adapter = fine_tuned(four_answers, problems, ANSWERS[:2], "lora", epochs=2, learning_rate=1e-3)
+    return ModelFiles(four_answers.base, adapter)
+
+
 class Interrupted(BaseException):
     """Stands for a kill. Not an Exception, so that no `except Exception` can swallow it."""
 

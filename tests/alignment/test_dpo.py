@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch
 from alignment.chat import IGNORE, conversation_ids, prompt_ids
 from alignment.errors import UserError
 from alignment.likelihood import label_log_probs
-from alignment.methods.dpo import DpoConfig, dpo_training_pairs, train_dpo
+from alignment.methods.dpo import DpoConfig, train_dpo
 from alignment.models import LoraSettings, ModelFiles, load_causal_lm, load_tokenizer
 from alignment.records import Conversation, Message, PreferencePair
 from alignment.sft import NothingToTrain, SftConfig, train_sft
@@ -153,6 +152,14 @@ def test_the_sft_term_adds_the_chosen_answers_cross_entropy(train):
     assert curve(weighted)[0] - curve(plain)[0] == pytest.approx(cross_entropy / 2, abs=1e-4)
 
 
+def test_label_smoothing_is_refused_where_trl_would_ignore_it():
+    for loss_type in ("sigmoid", "hinge", "ipo"):
+        with pytest.raises(ValueError, match=rf"label_smoothing is ignored by loss_type {loss_type}"):
+            DpoConfig(loss_type=loss_type, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="needs a label_smoothing above 0"):
+        DpoConfig(loss_type="exo_pair")
+
+
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
@@ -265,22 +272,3 @@ def test_all_weights_of_an_adapter_cannot_be_trained(train):
 def test_without_pairs_there_is_nothing_to_train(train):
     with pytest.raises(NothingToTrain, match=r"no preference pairs.*Remedy"):
         train(pairs=[])
-
-
-# --- What it is trained on --------------------------------------------------------------------------------------------
-
-
-def test_human_pairs_join_in_a_seeded_order_and_worked_critiques_do_not():
-    def pairs(kind, count):
-        return [
-            PreferencePair(id=f"{kind}{i}", prompt=f"{kind} {i}", chosen="a", rejected="b", source=kind) for i in range(count)
-        ]
-
-    constitutional, human = pairs("constitutional", 5), [*pairs("human", 20), *pairs("critique", 20)]
-    mixed = dpo_training_pairs(constitutional, human, DpoConfig(human_pairs=8))
-    assert Counter(p.source for p in mixed) == {"constitutional": 5, "human": 8}
-    assert len({p.id for p in mixed}) == 13
-    assert mixed == dpo_training_pairs(constitutional, human, DpoConfig(human_pairs=8))
-    assert [p.id for p in mixed] != sorted(p.id for p in mixed)
-    assert len(dpo_training_pairs(constitutional, human, DpoConfig(human_pairs=999))) == 25
-    assert sorted(p.id for p in dpo_training_pairs(constitutional, human, DpoConfig())) == [p.id for p in constitutional]

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 import alignment
 from alignment.constitutions import Constitution, Principle
 from alignment.fingerprint import fingerprint, identity
+from alignment.methods import METHODS
+from alignment.methods.dpo import DpoConfig
 from alignment.models import Config
 from alignment.promotion import Rule
 
@@ -30,12 +32,15 @@ LAYOUT = {
     ("CritiqueConfig", "score_batch_size"),
     ("RewardConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
+    *((method, "sample_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
+    *((method, "score_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
 }
 PRINCIPLE = Principle(id="honest", text="Be honest.")
 WITHOUT_DEFAULTS = {
     Principle: PRINCIPLE,
     Constitution: Constitution(name="general", description="d", prompt_tags=("general",), principles=(PRINCIPLE,), text="t"),
     Rule: Rule(name="length", passed=True, reason="1 against 1"),
+    DpoConfig: DpoConfig(loss_type="robust", label_smoothing=0.1),  # the loss that has a place for it
 }
 
 
@@ -111,6 +116,7 @@ def address(config, **kwargs):
 def test_the_walk_reaches_nested_settings_of_every_stage():
     names = {cls.__name__ for cls in config_classes()}
     assert {"SftConfig", "RewardConfig", "CritiqueConfig", "DpoConfig", "ReportConfig", "GateConfig"} <= names
+    assert {method.config.__name__ for method in METHODS.values()} <= names
     assert len(CASES) > 120
     assert {(o.__name__, p[-1]) for _, p, o in (c.values for c in CASES)} >= LAYOUT
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alignment.chat import prompt_ids
-from alignment.generation import SamplingSettings, generate
+from alignment.generation import SamplingSettings, completion, generate, sample_ids
 
 QUESTIONS = ["Hi", "What is a leap year?", "x" * 70, "Warum ist der Himmel blau?", "?", "1 + 1", "y" * 33, "東京 か"]
 CONVERSATIONS = [[{"role": "user", "content": q}] for q in QUESTIONS]
@@ -133,6 +133,36 @@ def test_the_sampler_draws_from_the_softmax_of_the_top_k_logits(model, tokenizer
     chi_square = sum((drawn[text] - n * p) ** 2 / (n * p) for text, p in expected.items())
     freedom = len(expected) - 1
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_top_k_0_draws_from_the_softmax_of_all_logits(model, tokenizer):
+    n, temperature = 4000, 1.5
+    prompt = prompt_ids(tokenizer, CONVERSATIONS[0])
+    probabilities = (next_logits(model, prompt) / temperature).softmax(-1)
+    settings = SamplingSettings(temperature=temperature, top_k=0, max_new_tokens=1, batch_size=500)
+    answers = sample_ids(model, tokenizer, [prompt] * n, settings, seeds=list(range(n)))
+    drawn = torch.bincount(torch.tensor([ids[0] for ids in answers]), minlength=len(probabilities)).double()
+    likely = probabilities * n >= 5  # the rest is one cell, as a chi-square test wants
+    observed, expected = ([*x[likely].tolist(), x[~likely].sum().item()] for x in (drawn, probabilities * n))
+    chi_square = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+    freedom = len(expected) - 1
+    assert freedom > 50  # beyond what top_k would leave
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_batch_size_and_order_change_nothing_when_all_tokens_are_drawn_from(model, tokenizer):
+    settings = SAMPLED.model_copy(update={"top_k": 0})
+    answers = generate(model, tokenizer, CONVERSATIONS, settings, seeds=SEEDS)
+    assert answers == generate(model, tokenizer, CONVERSATIONS, settings.model_copy(update={"batch_size": 3}), seeds=SEEDS)
+    assert answers[::-1] == generate(model, tokenizer, CONVERSATIONS[::-1], settings, seeds=SEEDS[::-1])
+
+
+def test_sampled_ids_spell_the_answer(model, tokenizer):
+    prompts = [prompt_ids(tokenizer, c) for c in CONVERSATIONS]
+    ids = sample_ids(model, tokenizer, prompts, SAMPLED, seeds=SEEDS)
+    assert [completion(tokenizer, i) for i in ids] == generate(model, tokenizer, CONVERSATIONS, SAMPLED, seeds=SEEDS)
+    ended = completion(tokenizer, [*tokenizer("ok")["input_ids"], tokenizer.eos_token_id])
+    assert (ended.text, ended.tokens, ended.ended) == ("ok", 3, True)
 
 
 def test_no_token_outside_the_top_k_is_drawn(model, tokenizer):
