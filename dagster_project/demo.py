@@ -115,6 +115,7 @@ def summary_table(rows: list[dict[str, Any]], run_id: str, seconds: float) -> st
             f"{row['mlflow_run_id'][:12]:12}  {', '.join(shown)}"
         )
     lines += ["-" * 132, f"{len(rows)} assets in {seconds:.0f} s, Dagster run {run_id}"]
+    lines += comparison(rows)
     decision = next((row for row in rows if row["asset"] == "champion"), None)
     if decision:
         lines += ["", f"champion: {decision.get('decision', '')}"]
@@ -142,6 +143,55 @@ KEY_METRICS = {
     "win_rate": "win rate",
     "promoted": "promoted",
 }
+
+
+def comparison(rows: list[dict[str, Any]]) -> list[str]:
+    """Which method works: one line per policy report, the largest gain first, and the SFT checkpoint below."""
+    reports = [row for row in rows if row["asset"].startswith("policy_report/")]
+    if not reports:
+        return []
+    reports.sort(key=lambda row: -row["evaluator/gain"])
+    lines = ["", "".join(f"{title:>{width}}" for title, width, _ in COMPARED), "-" * sum(width for _, width, _ in COMPARED)]
+    for row in reports:
+        lines.append(_compared(row["asset"].removeprefix("policy_report/"), row, "policy"))
+    return [*lines, _compared("sft", reports[0], "sft")]
+
+
+def _compared(name: str, row: dict[str, Any], side: str) -> str:
+    cells = []
+    for title, width, show in COMPARED:
+        try:
+            text = name if title == "method" else show(row, side)
+        except KeyError:
+            text = "-"  # not measured, or nothing to compare SFT with
+        cells.append(f"{text:>{width}}")
+    return "".join(cells)
+
+
+def _against_sft(shown: str):
+    return lambda row, side: shown.format(**{k.replace("/", "_"): v for k, v in row.items()}) if side == "policy" else "-"
+
+
+def _either(key: str, shown: str):
+    return lambda row, side: shown.format(row[key.format(side)])
+
+
+# Column, its width, and how a report's row and a side (policy or sft) make its text.
+COMPARED: list[tuple[str, int, Any]] = [
+    ("method", 8, None),
+    ("gain over SFT", 25, _against_sft("{evaluator_gain:+.2f} [{evaluator_gain_low:+.2f}, {evaluator_gain_high:+.2f}]")),
+    ("wins against SFT", 20, _against_sft("{win_rate:.0%} [{win_rate_low:.0%}, {win_rate_high:.0%}]")),
+    ("evaluator", 11, _either("evaluator/score_{}", "{:.2f}")),
+    ("reward", 8, _either("reward_model/score_{}", "{:.2f}")),
+    ("KL", 7, _against_sft("{kl_from_sft:.1f}")),
+    ("length", 8, _either("length/{}", "{:.0f}")),
+    ("EOS", 6, _either("eos_rate/{}", "{:.0%}")),
+    ("refuses harmful", 17, _either("refusal_rate/{}", "{:.0%}")),
+    ("harmless", 10, _either("over_refusal_rate/{}", "{:.0%}")),
+    ("solves", 8, _either("problems/solved_{}", "{:.0%}")),
+    ("time", 8, _against_sft("{training_seconds:.0f}s")),
+    ("memory", 9, _against_sft("{training_peak_memory_gb:.1f}GB")),
+]
 
 if __name__ == "__main__":
     main()

@@ -32,6 +32,8 @@ LAYOUT = {
     ("CritiqueConfig", "score_batch_size"),
     ("RewardConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
+    ("SftReportConfig", "score_batch_size"),
+    *(("PpoConfig", name) for name in ("share_base", "micro_batch_size", "score_batch_size", "save_every")),
     *((method, "sample_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
     *((method, "score_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
 }

@@ -44,12 +44,29 @@ def by_pairs(epochs, learning_rate, **settings):
     return lambda seed, sign: {"optim": optim(seed, epochs, learning_rate), **settings}
 
 
+def by_steps(steps):
+    return lambda seed, sign: {
+        "rewards": RewardWeights(reward_model=0.0, exact_answer=sign),
+        "tasks": "problems",
+        "sampling": SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=6),
+        "steps": steps,
+        "batch_size": 32,
+        "micro_batch_size": 32,
+        "learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+        "critic_start": "sft",
+        "kl_coef": 0.05,
+        "seed": seed,
+    }
+
+
 # What each method is given for (seed, sign); sign -1 turns the reward around, or the pairs.
 SETTINGS = {
     "sl_cai": by_pairs(10, 1e-3, demonstrations=0),
     "dpo": by_pairs(10, 1e-3),
     "kto": by_pairs(10, 1e-3),
     "orpo": by_pairs(6, 1e-3),
+    "ppo": by_steps(15),
     "grpo": by_reward(10),
     "rloo": by_reward(20),
 }

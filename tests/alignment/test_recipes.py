@@ -8,7 +8,7 @@ from pydantic import Field
 from alignment.critique import CritiqueConfig
 from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
 from alignment.errors import UserError
-from alignment.evaluation import ReportConfig
+from alignment.evaluation import ReportConfig, SftReportConfig
 from alignment.methods import METHODS
 from alignment.models import Config
 from alignment.promotion import GateConfig
@@ -29,6 +29,7 @@ STAGES = {
     "human_reward_model": RewardConfig,
     "evaluator": RewardConfig,
     **{f"aligned_policy/{name}": method.config for name, method in METHODS.items()},
+    "sft_report": SftReportConfig,
     "policy_report": ReportConfig,
     "champion": GateConfig,
 }

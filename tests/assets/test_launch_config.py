@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from alignment.critique import CritiqueConfig
 from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
-from alignment.evaluation import ReportConfig
+from alignment.evaluation import ReportConfig, SftReportConfig
 from alignment.methods import METHODS
 from alignment.models import Config
 from alignment.promotion import GateConfig
@@ -41,6 +41,7 @@ STAGES: dict[str, tuple[str, type[Config]]] = {
     "constitutional_preference_pairs": ("constitutional_preference_pairs", CritiqueConfig),
     "reward_model": ("reward_model", RewardConfig),
     "evaluator": ("evaluator", RewardConfig),
+    "sft_report": ("sft_report", SftReportConfig),
     "champion": ("champion", GateConfig),
     **{f"aligned_policy__{name}": (f"aligned_policy/{name}", method.config) for name, method in METHODS.items()},
     **{f"policy_report__{name}": ("policy_report", ReportConfig) for name in METHODS},

@@ -49,6 +49,44 @@ def test_the_last_lines_count_assets_and_name_the_run():
     assert "2 assets in 13 s, Dagster run run-1" in lines_of(row("prompts"), row("sft_dataset"))
 
 
+def report(method: str, gain: float, **values: float) -> dict[str, object]:
+    sides = {f"{name}/{side}": 0.5 for side in ("policy", "sft") for name in ("eos_rate", "refusal_rate", "over_refusal_rate")}
+    given = {
+        "evaluator/gain": gain,
+        "evaluator/gain_low": gain - 0.2,
+        "evaluator/gain_high": gain + 0.2,
+        "win_rate": 0.7,
+        "win_rate_low": 0.6,
+        "win_rate_high": 0.8,
+        "evaluator/score_policy": 1.0,
+        "evaluator/score_sft": 0.25,
+        "reward_model/score_policy": 2.0,
+        "reward_model/score_sft": 0.75,
+        "kl/from_sft": 3.5,
+        "length/policy": 41.0,
+        "length/sft": 47.0,
+        "training/seconds": 87.4,
+        "training/peak_memory_gb": 3.9,
+    }
+    return row(f"policy_report/{method}", **sides | given | values)
+
+
+def test_methods_are_compared_best_first_with_sft_below():
+    texts = lines_of(report("ppo", 0.1), report("dpo", 0.4, **{"problems/solved_policy": 0.125}), row("prompts"))
+    start = next(i for i, text in enumerate(texts) if text.startswith("  method"))
+    assert [text.split()[0] for text in texts[start + 2 : start + 5]] == ["dpo", "ppo", "sft"]
+    assert "+0.40 [+0.20, +0.60]" in texts[start + 2]
+    assert "70% [60%, 80%]" in texts[start + 2]
+    assert texts[start + 2].split()[-10:] == ["1.00", "2.00", "3.5", "41", "50%", "50%", "50%", "12%", "87s", "3.9GB"]
+    assert texts[start + 3].count(" -") == 1  # no problems were given
+    assert texts[start + 4].split()[1:] == ["-", "-", "0.25", "0.75", "-", "47", "50%", "50%", "50%", "-", "-", "-"]
+    assert len({len(text) for text in texts[start : start + 5]}) == 1
+
+
+def test_without_reports_nothing_is_compared():
+    assert "gain over SFT" not in "\n".join(lines_of(row("prompts")))
+
+
 def test_the_champions_decision_and_registration_come_last():
     decision = "dpo: not promoted\n  FAILS  better than SFT: gain -0.010"
     registered = "aligned-policy-general version 1 (challenger)"
