@@ -16,6 +16,7 @@ import yaml
 
 from alignment.constitutions import load_constitution
 from alignment.handles import parse_handle
+from alignment.methods import METHODS
 from dagster_project.definitions import defs
 from resources.artifacts import file_hashes
 from resources.tracking import flatten
@@ -25,7 +26,8 @@ JOB = defs.resolve_job_def("alignment")
 ASSETS = sorted(key.to_user_string() for key in JOB.asset_layer.executable_asset_keys)
 CHECKS = defs.resolve_asset_graph().asset_check_keys
 PARTITIONED = {key.to_user_string() for key in JOB.asset_layer.executable_asset_keys if JOB.asset_layer.get(key).partitions_def}
-TRAINED = ["sft_checkpoint", "human_reward_model", "reward_model", "evaluator", "aligned_policy/dpo"]
+POLICIES = [f"aligned_policy/{name}" for name in METHODS]
+TRAINED = ["sft_checkpoint", "human_reward_model", "reward_model", "evaluator", *POLICIES]
 AFTER_DPO = ["aligned_policy/dpo", "policy_report/dpo", "champion"]
 LAYOUT = {
     "sft_checkpoint": {"optim": {"micro_batch_size": 4}},
@@ -132,6 +134,11 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def candidate(run: Run) -> str:
+    """The method of the policy that the run's champion decision is about."""
+    return json.loads((artifact(run, "champion") / "decision.json").read_text(encoding="utf-8"))["candidate"]
+
+
 everywhere = pytest.mark.parametrize("asset", ASSETS)
 
 
@@ -225,7 +232,7 @@ def test_data_sets_are_inputs_with_the_md5_that_dvc_has_for_the_file(first, sand
     read = {
         "sft_dataset": ["demonstrations", "critiques"],
         "human_preferences": ["preferences", "critiques"],
-        "prompts": ["prompts"],
+        "prompts": ["prompts", "reasoning"],
     }
     for asset, files in read.items():
         logged = {i.dataset.name: i.dataset for i in first.children[asset].inputs.dataset_inputs}
@@ -301,17 +308,24 @@ def test_records_name_their_inputs_by_fingerprint(first):
     }
 
 
-def test_the_evaluator_never_trains_a_policy(first):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_evaluator_never_trains_a_policy(first, policy):
     ancestors = set()
-    todo = ["aligned_policy/dpo"]
+    todo = [policy]
     by_fingerprint = {first.metadata(asset)["fingerprint"]: asset for asset in ASSETS}
     while todo:
         for value in record(first, todo.pop())["inputs"].values():
             if value in by_fingerprint and by_fingerprint[value] not in ancestors:
                 ancestors.add(by_fingerprint[value])
                 todo.append(by_fingerprint[value])
-    assert "sft_checkpoint" in ancestors
+    assert METHODS[policy.split("/")[1]].start in ancestors
     assert "evaluator" not in ancestors
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_an_adapter_over_the_base_model(first, policy):
+    assert record(first, policy)["handle"]["adapter_of"]["fingerprint"] == first.metadata("base_model")["fingerprint"]
+    assert "model/adapter_model.safetensors" in names(artifact(first, policy))
 
 
 def test_handles_lie_by_asset_and_partition(first, sandbox):
@@ -328,13 +342,14 @@ def test_nothing_is_left_at_work_and_the_data_is_as_pulled(first, sandbox):
 
 def test_a_policy_is_registered_as_challenger_and_champion_only_if_promoted(first, sandbox):
     client = sandbox.mlflow()
-    policy = first.metadata("aligned_policy/dpo")["fingerprint"]
+    name = candidate(first)
+    policy = first.metadata(f"aligned_policy/{name}")["fingerprint"]
     versions = {v.tags["alignment.fingerprint"]: v for v in client.search_model_versions("name = 'aligned-policy-general'")}
-    assert versions[policy].run_id == first.children["aligned_policy/dpo"].info.run_id
+    assert versions[policy].run_id == first.children[f"aligned_policy/{name}"].info.run_id
     decision = json.loads((artifact(first, "champion") / "decision.json").read_text())
-    assert decision["candidate"] == "dpo"
-    assert decision["promoted"] == all(rule["passed"] for rule in decision["rules"]["dpo"])
-    assert all(rule["reason"] for rule in decision["rules"]["dpo"])
+    assert set(decision["rules"]) == set(METHODS)
+    assert decision["promoted"] == all(rule["passed"] for rule in decision["rules"][name])
+    assert all(rule["reason"] for rules in decision["rules"].values() for rule in rules)
     aliases = client.get_registered_model("aligned-policy-general").aliases
     assert "challenger" in aliases
     assert ("champion" in aliases) == decision["promoted"]
@@ -475,13 +490,13 @@ def test_what_force_replaced_is_kept_aside_and_was_the_same(runs, first):
     assert record(first, FORCED)["files"] == record(runs[OTHER_LAYOUT], FORCED)["files"]
 
 
-def test_the_registry_has_one_version_per_policy(runs, first, sandbox):
+def test_the_registry_has_one_version_per_candidate(runs, first, sandbox):
     versions = sandbox.mlflow().search_model_versions("name = 'aligned-policy-general'")
-    policies = {run.metadata("aligned_policy/dpo")["fingerprint"] for run in runs}
-    assert len(policies) == 2
+    policies = {run.metadata(f"aligned_policy/{candidate(run)}")["fingerprint"] for run in runs}
     assert sorted(v.tags["alignment.fingerprint"] for v in versions) == sorted(policies)
     challenger = sandbox.mlflow().get_model_version_by_alias("aligned-policy-general", "challenger")
-    assert challenger.tags["alignment.fingerprint"] == first.metadata("aligned_policy/dpo")["fingerprint"]
+    last = runs[OTHER_LAYOUT]
+    assert challenger.tags["alignment.fingerprint"] == last.metadata(f"aligned_policy/{candidate(last)}")["fingerprint"]
 
 
 def test_four_runs_have_four_parents_and_no_child_too_many(runs, sandbox):
@@ -497,4 +512,4 @@ def test_the_demo_prints_a_table_per_run(output, runs):
     tables = output.split("key metrics")[1:]
     assert len(tables) == len(runs)
     assert [table.split("assets in")[0].count(" built ") for table in tables] == [len(ASSETS), 0, len(AFTER_DPO), 1]
-    assert output.count("champion: dpo: ") == len(runs)
+    assert sum(output.count(f"champion: {name}: ") for name in METHODS) == len(runs)
