@@ -143,7 +143,8 @@ def train_group_rl(
     speed_up()
     tokenizer = load_tokenizer(sft.base, config.load.trust_remote_code)
     sampler = Sampler(tokenizer, config)
-    fitting = [t for t, ids in zip(tasks, sampler.render([t.messages for t in tasks]), strict=True) if _fits(ids, config)]
+    rendered = sampler.render([task.messages for task in tasks])
+    fitting = [task for task, ids in zip(tasks, rendered, strict=True) if len(ids) <= config.max_prompt_length]
     if not fitting:
         raise NothingToTrain(
             f"none of {len(tasks)} tasks has a prompt of at most max_prompt_length {config.max_prompt_length} tokens. "
@@ -234,10 +235,6 @@ def _total(
         return totals
 
     return total
-
-
-def _fits(ids: list[int], config: GroupRlConfig) -> bool:
-    return len(ids) <= config.max_prompt_length
 
 
 def _seed(*parts: int) -> int:
