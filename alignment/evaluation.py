@@ -143,15 +143,18 @@ def evaluate_policy(
     Args:
         theirs: what `measure_sft` returned for the same held-out data; its settings hold here, too.
         base_rows: the table of `measure_sft`, which this one continues.
+
+    KL is measured on the first answer to each prompt.
     """
     settings = theirs.settings
+    n = settings.samples_per_prompt
     heldout = _limited(heldout, settings)
     tokenizer = load_tokenizer(policy.base)
     questions, _ = _questions(settings, heldout)
 
     def log_probs(model: PreTrainedModel) -> list[float]:
-        before = [prompt_ids(tokenizer, q) for q in questions]
-        rows = [([*p, *c.ids], [IGNORE] * len(p) + list(c.ids)) for p, c in zip(before, answers, strict=True)]
+        asked = [(prompt_ids(tokenizer, q), list(c.ids)) for q, c in zip(questions[::n], answers[::n], strict=True)]
+        rows = [(p + ids, [IGNORE] * len(p) + ids) for p, ids in asked]
         return label_log_probs(model, tokenizer, rows, config.score_batch_size)
 
     with _loaded(policy, config.load) as model:
@@ -164,8 +167,7 @@ def evaluate_policy(
     metrics = _compared(ours, theirs, heldout.prompts)
     kl = [a - b for a, b in zip(log_probs_policy, log_probs_sft, strict=True)]
     metrics["kl/from_sft"] = _mean(kl)
-    metrics["kl/from_sft_per_token"] = _mean([k / max(c.tokens, 1) for k, c in zip(kl, answers, strict=True)])
-    n = settings.samples_per_prompt
+    metrics["kl/from_sft_per_token"] = _mean([k / max(c.tokens, 1) for k, c in zip(kl, answers[::n], strict=True)])
     table = [{**row, "policy": answers[i * n].text, "score_policy": scores[i * n]} for i, row in enumerate(base_rows)]
     return {k: v for k, v in metrics.items() if math.isfinite(v)}, table
 

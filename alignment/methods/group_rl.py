@@ -60,6 +60,9 @@ class GroupRlConfig(Config):
     num_generations: int = Field(8, ge=2, description="Answers sampled to every prompt: the group they are compared in")
     temperature: float = Field(1.0, gt=0, description="Softmax temperature of sampling; the whole vocabulary is sampled from")
     max_new_tokens: int = Field(128, ge=1, description="An answer is cut after this many tokens")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="Taken off the reward of an answer that was cut at its length limit"
+    )
     beta: float = Field(0.04, ge=0, description="KL coefficient: higher stays closer to the SFT checkpoint")
     updates_per_batch: int = Field(1, ge=1, description="Optimiser steps on each batch of answers (the paper's mu)")
     epsilon: float = Field(
@@ -170,7 +173,7 @@ def train_group_rl(
         arguments,
         model=model,
         peft_config=adapter,
-        reward_funcs=_total(functions, fitting, tokenizer, config.num_generations),
+        reward_funcs=_total(functions, fitting, tokenizer, config),
         train_dataset=Dataset.from_list([{"prompt": list(fitting[i].messages), "task": i} for i in order]),
         processing_class=tokenizer,
     )
@@ -189,6 +192,7 @@ def train_group_rl(
         "train/zero_variance_groups_last": trained.last("zero_variance_groups"),
         "train/clipped_completions_last": trained.last("completions/clipped_ratio"),
         "train/mean_length_last": trained.last("completions/mean_length"),
+        "train/max_new_tokens": config.max_new_tokens,
     }
     return trained, {k: v for k, v in metrics.items() if math.isfinite(v)}
 
@@ -218,7 +222,7 @@ def _total(
     functions: Mapping[str, tuple[float, RewardFunction]],
     tasks: Sequence[Task],
     tokenizer: PreTrainedTokenizerBase,
-    group: int,
+    config: GroupRlConfig,
 ) -> Callable[..., list[float]]:
     # One function for TRL: its own sum passes over an answer that nothing can judge, and its share of groups without
     # variance counts the KL penalty (RLOO), which always varies.
@@ -226,11 +230,12 @@ def _total(
         answers = [completion(tokenizer, ids) for ids in completion_ids]
         rollouts = [Rollout(tasks[i], a.text, a.ended) for i, a in zip(task, answers, strict=True)]
         totals, values = total_rewards(functions, rollouts)
+        totals = [t - config.missing_eos_penalty * (not r.ended) for t, r in zip(totals, rollouts, strict=True)]
         for name, of_function in values.items():
             applies = [v for v in of_function if not math.isnan(v)]
             if applies:
                 log_metric(f"rewards/{name}", sum(applies) / len(applies))
-        groups = [totals[i : i + group] for i in range(0, len(totals), group)]
+        groups = [totals[i : i + config.num_generations] for i in range(0, len(totals), config.num_generations)]
         log_metric("zero_variance_groups", sum(max(g) - min(g) < SAME_REWARD for g in groups) / len(groups))
         return totals
 

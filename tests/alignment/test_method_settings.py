@@ -33,6 +33,7 @@ OTHER_RL = {
     "num_generations": 2,
     "temperature": 0.5,
     "max_new_tokens": 2,
+    "missing_eos_penalty": 1.0,
     "beta": 1.0,
     "updates_per_batch": 1,
     "epsilon": 0.01,
