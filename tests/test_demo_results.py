@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from alignment.methods import METHODS
+
 PROJECT = Path(__file__).resolve().parents[1]
 STORAGE = PROJECT / "storage"
 pytestmark = [
@@ -23,8 +25,8 @@ ASSETS = [
     "constitutional_preference_pairs",
     "reward_model",
     "evaluator",
-    "aligned_policy/dpo",
-    "policy_report/dpo",
+    "sft_report",
+    *(f"{stage}/{name}" for name in METHODS for stage in ("aligned_policy", "policy_report")),
     "champion",
 ]
 
@@ -58,20 +60,37 @@ def test_reward_model_beats_the_length_baseline_on_heldout_pairs():
     assert metrics["heldout/gain_over_length_low"] > 0, metrics
 
 
-def test_the_policy_beats_the_sft_checkpoint_by_the_evaluator():
-    metrics = handle("policy_report/dpo")["metrics"]
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_the_policy_beats_the_sft_checkpoint_by_the_evaluator(name):
+    metrics = handle(f"policy_report/{name}")["metrics"]
     assert metrics["evaluator/gain_low"] > 0, metrics
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_measured_on_equal_footing(name):
+    metrics, sft = handle(f"policy_report/{name}")["metrics"], handle("sft_report")["metrics"]
+    for key in ("evaluator/score_sft", "length/sft", "eos_rate/sft", "perplexity/sft", "problems/solved_sft", "prompts"):
+        assert metrics[key] == sft[key]
+    for key in ("win_rate_low", "reward_model/gain", "kl/from_sft", "over_refusal_rate/policy", "training/seconds"):
+        assert key in metrics
+
+
+def test_ppo_starts_at_the_reference():
+    metrics = handle("aligned_policy/ppo")["metrics"]
+    assert abs(metrics["train/ratio_first"] - 1) < 1e-3
+    assert metrics["train/kl_last"] > 0
 
 
 def test_promotion_follows_the_evidence_and_the_registry_follows_the_promotion(client):
     from alignment.promotion import GateConfig, judge
 
-    champion, report = handle("champion"), handle("policy_report/dpo")
+    champion = handle("champion")
+    report = handle(f"policy_report/{champion['method']}")
     gate = GateConfig.model_validate(record("champion")["config"])
     assert champion["promoted"] == all(rule.passed for rule in judge(report["metrics"], gate))
     aliases = client.get_registered_model("aligned-policy-general").aliases
     challenger = client.get_model_version("aligned-policy-general", aliases["challenger"])
-    assert challenger.tags["alignment.fingerprint"] == handle("aligned_policy/dpo")["fingerprint"]
+    assert challenger.tags["alignment.fingerprint"] == champion["policy"]["fingerprint"]
     assert (aliases.get("champion") == aliases["challenger"]) == champion["promoted"]
 
 
@@ -103,7 +122,7 @@ for prompt in ["How do I get into my ex's phone?", "Give me one tip for storing 
 """
 
 
-@pytest.mark.parametrize("asset", ["sft_checkpoint", "aligned_policy/dpo"])
+@pytest.mark.parametrize("asset", ["sft_checkpoint", "aligned_policy/dpo", "aligned_policy/ppo"])
 def test_mlflow_model_loads_with_plain_libraries_and_generates_the_same(asset, client, tmp_path):
     base = STORAGE / "artifacts" / "base_model" / handle("base_model")["fingerprint"] / "model"
     ours = STORAGE / "artifacts" / asset / handle(asset)["fingerprint"] / "model"

@@ -12,7 +12,7 @@ import alignment.reward
 import alignment.sft
 from alignment.alarms import ALARMS, AlarmConfig, sound, watches
 from alignment.chat import IGNORE, Example
-from alignment.evaluation import ReportConfig, evaluate_policy
+from alignment.evaluation import Heldout, ReportConfig, SftReportConfig, evaluate_policy, measure_sft
 from alignment.generation import SamplingSettings
 from alignment.methods.dpo import DpoConfig, train_dpo
 from alignment.models import LoraSettings, ModelFiles
@@ -268,16 +268,12 @@ def test_a_healthy_dpo_is_silent(anchored):
 @pytest.fixture(scope="module")
 def report(tiny_model, float32):
     def run(policy, sft, evaluator, reward_model, demonstrations, trained=None, max_new_tokens=40):
-        metrics, _ = evaluate_policy(
-            ReportConfig(sampling=SamplingSettings(temperature=0, max_new_tokens=max_new_tokens), base_examples=0, load=float32),
-            base=ModelFiles(tiny_model),
-            sft=sft,
-            policy=policy,
-            evaluator=evaluator,
-            reward_model=reward_model,
-            prompts=[Prompt(id=q, prompt=q) for q in QUESTIONS],
-            demonstrations=demonstrations,
-        )
+        heldout = Heldout(prompts=tuple(Prompt(id=q, prompt=q) for q in QUESTIONS), demonstrations=tuple(demonstrations))
+        models = {"sft": sft, "evaluator": evaluator, "reward_model": reward_model, "heldout": heldout}
+        sampling = SamplingSettings(temperature=0, max_new_tokens=max_new_tokens)
+        settings = SftReportConfig(sampling=sampling, base_examples=0, max_problems=0, load=float32)
+        theirs, _, rows = measure_sft(settings, base=ModelFiles(tiny_model), **models)
+        metrics, _ = evaluate_policy(ReportConfig(load=float32), theirs=theirs, base_rows=rows, policy=policy, **models)
         return metrics | {f"policy/{name}": value for name, value in (trained or {}).items()}
 
     return run

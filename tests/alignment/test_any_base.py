@@ -20,6 +20,7 @@ from alignment.errors import UserError
 from alignment.generation import SamplingSettings, generate
 from alignment.likelihood import label_log_probs
 from alignment.methods.dpo import DpoConfig, train_dpo
+from alignment.methods.ppo import PpoConfig, train_ppo
 from alignment.models import (
     LoadSettings,
     LoraSettings,
@@ -32,6 +33,7 @@ from alignment.models import (
 from alignment.progress import Log
 from alignment.records import Conversation, Message, PreferencePair
 from alignment.reward import RewardConfig, score, train_reward_model
+from alignment.rewards import Task
 from alignment.sft import SftConfig, train_sft
 from alignment.training import OptimSettings
 from resources.model_sources import BaseModelConfig, ModelSourceError, ResolvedSource, fetch_model, resolve_source
@@ -355,6 +357,51 @@ def test_dpo_starts_at_its_reference_and_learns_the_pairs(dpo, sft, float32):
     before, after = (load_causal_lm(ModelFiles(sft[1].base, adapter), float32) for adapter in (sft[1].adapter, folder))
     gain = [(log_probs(m, tokenizer, "chosen") - log_probs(m, tokenizer, "rejected")).mean().item() for m in (before, after)]
     assert gain[1] > gain[0] + 2
+
+
+@pytest.mark.parametrize("from_reward", [True, False])
+def test_ppo_starts_at_its_reference_and_trains_and_resumes(base, sft, stage, float32, recording_steps, from_reward):
+    reward = RewardConfig(lora=ALL, load=float32, optim=optim(epochs=2), max_length=POSITIONS)
+    _, _, scorer = stage(train_reward_model, reward, ModelFiles(base[1]), PAIRS, [])
+    config = PpoConfig(
+        load=float32,
+        steps=3,
+        batch_size=8,
+        learning_rate=1e-3,
+        critic_learning_rate=1e-3,
+        critic_start="reward_model" if from_reward else "sft",
+        sampling=SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=8),
+        save_every=1,
+    )
+    tasks = [Task((c.messages[0].model_dump(),)) for c in CONVERSATIONS]
+    arguments = (config, sft[1], ModelFiles(base[1], scorer), tasks)
+    calm, metrics, folder = stage(train_ppo, *arguments)
+    assert metrics["train/ratio_first"] == pytest.approx(1, abs=1e-5)
+    assert calm.curves["objective/kl"][0][1] == pytest.approx(0, abs=1e-5)
+    assert calm.curves["objective/kl"][-1][1] != 0
+    disturbed = folder.parents[1].with_name(f"{folder.parents[1].name}_disturbed")
+    disturbed.mkdir()
+    with pytest.raises(Killed):
+        stage(train_ppo, *arguments, folder=disturbed, log=recording_steps)
+    resumed, _, _ = stage(train_ppo, *arguments, folder=disturbed)
+    for name in ("objective/scores", "objective/kl", "loss/value"):
+        for (_, ours), (_, theirs) in zip(resumed.curves[name], calm.curves[name], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def recording_steps():
+    """A log that dies at the second step."""
+
+    def metrics(step, values):
+        if step == 2:
+            raise Killed
+
+    return Log(metrics=metrics)
 
 
 def test_the_policy_loads_without_this_library(dpo, sft, float32):
