@@ -206,6 +206,8 @@ def train_ppo(
 def _final_metrics(trained: Trained, dropped: int) -> dict[str, float]:
     first = {name: points[0][1] for name, points in trained.curves.items()}
     metrics = {
+        "train/policy_loss": trained.mean("loss/policy"),
+        "train/value_loss": trained.mean("loss/value"),
         "train/scores_first": first.get("objective/scores", math.nan),
         "train/scores_last": trained.last("objective/scores"),
         "train/reward_last": trained.last("objective/rlhf_reward"),

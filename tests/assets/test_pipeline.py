@@ -220,12 +220,13 @@ def test_a_child_has_the_resolved_configuration_and_the_final_metrics(first, ass
 
 @pytest.mark.parametrize("asset", TRAINED)
 def test_training_is_logged_step_by_step(first, sandbox, asset):
-    history = sandbox.mlflow().get_metric_history(first.children[asset].info.run_id, "loss")
+    curve, final = ("loss/policy", "train/policy_loss") if asset == "aligned_policy/ppo" else ("loss", "train/loss")
+    history = sandbox.mlflow().get_metric_history(first.children[asset].info.run_id, curve)
     assert [point.step for point in history] == list(range(1, len(history) + 1))
     assert len(history) >= 3
     assert all(math.isfinite(point.value) for point in history)
     mean = sum(point.value for point in history) / len(history)
-    assert record(first, asset)["handle"]["metrics"]["train/loss"] == pytest.approx(mean, abs=1e-6)
+    assert record(first, asset)["handle"]["metrics"][final] == pytest.approx(mean, abs=1e-6)
 
 
 def test_data_sets_are_inputs_with_the_md5_that_dvc_has_for_the_file(first, sandbox):
