@@ -10,6 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 RECIPE ?= demo
 CONSTITUTION ?= general
 CONFIG ?=
+METHODS ?=
 PYTEST_MARK ?= not slow
 STORAGE := $(CURDIR)/storage
 
@@ -21,7 +22,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make lint    style and import rules"
 	@echo "make clean   delete everything that runs wrote (storage/, Dagster's history); data and set-up stay"
-	@echo "options: RECIPE=demo|gpu|tiny|path.yaml  CONSTITUTION=general|medical|...  CONFIG=run_config.yaml"
+	@echo "options: RECIPE=demo|gpu|tiny|path.yaml  CONSTITUTION=general|medical|...  METHODS=dpo,ppo  CONFIG=run_config.yaml"
 
 setup: $(STAMP) data
 
@@ -38,7 +39,8 @@ data: $(STAMP)
 	@test -d data || { echo "== set-up: pulling data/ from the DVC remote"; $(BIN)/dvc pull --quiet data.dvc; }
 
 demo: setup
-	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.demo --constitution $(CONSTITUTION) $(if $(CONFIG),--config $(CONFIG))
+	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.demo --constitution $(CONSTITUTION) \
+		$(if $(METHODS),--methods $(METHODS)) $(if $(CONFIG),--config $(CONFIG))
 
 ui: setup
 	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.ui

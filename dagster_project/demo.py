@@ -1,6 +1,6 @@
 """`make demo`: run the alignment job for one constitution in the project's Dagster instance, then print what came out.
 
-    python -m dagster_project.demo [--constitution general] [--config run.yaml]
+    python -m dagster_project.demo [--constitution general] [--methods dpo,ppo] [--config run.yaml]
 
 The run is the same that the UI would launch: multiprocess executor, partition, instance, MLflow.
 """
@@ -17,6 +17,7 @@ import dagster as dg
 import psutil
 import yaml
 
+from alignment.methods import METHODS
 from assets.settings import PARTITIONS, RECIPE
 from dagster_project.jobs import alignment_job
 from resources.paths import PROJECT
@@ -35,6 +36,7 @@ def main() -> None:
     """Command line. Exit code 0 when every asset was materialized, whatever the promotion's decision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--constitution", default="general", choices=PARTITIONS.get_partition_keys())
+    parser.add_argument("--methods", type=_methods, help=f"only these, separated by commas: {','.join(METHODS)}")
     parser.add_argument("--config", type=Path, help="a Dagster run config (YAML), as in the launchpad")
     arguments = parser.parse_args()
     os.environ.setdefault("DAGSTER_HOME", str(PROJECT / "dagster_home"))
@@ -42,7 +44,8 @@ def main() -> None:
     print(f"alignment pipeline: recipe {RECIPE.name}, constitution {arguments.constitution}", flush=True)
     begun = time.monotonic()
     with dg.DagsterInstance.get() as instance:
-        result = run_alignment(instance, arguments.constitution, config)
+        assets = assets_of(arguments.methods) if arguments.methods else None
+        result = run_alignment(instance, arguments.constitution, config, assets)
         rows = summary_rows(instance, result.run_id)
         print(summary_table(rows, result.run_id, time.monotonic() - begun))
         if not result.success:
@@ -63,6 +66,21 @@ def run_alignment(
         tags={"dagster/partition": constitution, PROCESS: _this_process()},
         asset_selection=[dg.AssetKey(key.split("/")) for key in assets] if assets else None,
     )
+
+
+def assets_of(methods: list[str]) -> list[str]:
+    """The job's assets without the policies and reports of other methods."""
+    others = {f"{stage}/{name}" for name in METHODS if name not in methods for stage in ("aligned_policy", "policy_report")}
+    keys = {key.to_user_string() for key in alignment().asset_layer.executable_asset_keys}
+    return sorted(keys - others)
+
+
+def _methods(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(METHODS)}")
+    return names
 
 
 def end_dead_runs(instance: dg.DagsterInstance) -> None:

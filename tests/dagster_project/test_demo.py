@@ -2,7 +2,7 @@
 
 import pytest
 
-from dagster_project.demo import summary_table
+from dagster_project.demo import assets_of, summary_table
 
 ROW = {"seconds": 1.234, "reused": False, "peak_memory_gb": 0.57, "mlflow_run_id": "0123456789abcdef0123456789abcdef"}
 
@@ -103,11 +103,19 @@ def test_without_a_champion_nothing_is_said_of_one():
     assert "registered" not in "\n".join(lines_of(row("champion", decision="no candidate: not promoted")))
 
 
+def test_a_run_may_have_some_methods_only():
+    chosen = assets_of(["dpo", "ppo"])
+    assert {a for a in chosen if "/" in a} == {f"{s}/{m}" for s in ("aligned_policy", "policy_report") for m in ("dpo", "ppo")}
+    assert {"champion", "sft_report", "base_model", "prompts"} <= set(chosen)
+
+
 def test_a_run_that_failed_at_once_has_an_empty_table():
     assert "0 assets in 13 s, Dagster run run-1" in lines_of()
 
 
-@pytest.mark.parametrize("arguments", [["--constitution", "no_such"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["--constitution", "no_such"], ["--nonsense"], ["--methods", "dpo,no_such"], ["--methods", ","]]
+)
 def test_the_command_refuses_unknown_arguments(python, arguments):
     script = f"import sys; sys.argv = {['demo', *arguments]!r}; from dagster_project import demo; demo.main()"
     done = python(script)
