@@ -350,7 +350,9 @@ def _own_critic(sft, reward, load, tokenizer, full, lora, seed) -> CriticRole:
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
         head = _zeros(inner)
     if not full and not hasattr(model, "peft_config"):
-        model = get_peft_model(inner, lora_config(lora, inner, "CAUSAL_LM"))
+        adapter = lora_config(lora, inner, "CAUSAL_LM")
+        adapter.task_type = None  # a classifier generates nothing
+        model = get_peft_model(inner, adapter)
     model.eval()
     return CriticRole(inner, None, head)
 
