@@ -155,7 +155,7 @@ def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> 
     for side, rows in sides.items():
         _need(rows, f"{side} prompt", config.prompts)
         write_jsonl(out / f"{side}.jsonl", rows)
-    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: p.prompt)
+    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: f"{p.prompt} {p.answer}")
     problems = sorted(problems, key=lambda p: position(p.prompt, "order"))
     counts = {}
     for side in ("train", "heldout"):
@@ -165,8 +165,9 @@ def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> 
     return {
         "rows/train": len(sides["train"]),
         "rows/heldout": len(sides["heldout"]),
+        "rows/duplicates_removed": twice,
         **counts,
-        "rows/duplicates_removed": twice + twice_problems,
+        "rows/problems_duplicates_removed": twice_problems,
     }
 
 

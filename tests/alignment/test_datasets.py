@@ -21,6 +21,7 @@ from alignment.readers import (
     read_conversations,
     read_critiques,
     read_preferences,
+    read_problems,
     read_prompts,
 )
 from alignment.records import PreferencePair
@@ -68,6 +69,9 @@ def made_up(tmp_path_factory):
         "data/prompts.jsonl": write(
             folder / "prompts.jsonl", [{"prompt": spelled(i, 3), "tags": ["general"]} for i in [*numbers, 3]]
         ),
+        "data/reasoning.jsonl": write(
+            folder / "reasoning.jsonl", [{"prompt": spelled(i, 1), "answer": str(i)} for i in [*numbers, 3, 3]]
+        ),
     }
 
 
@@ -75,7 +79,7 @@ def made_up(tmp_path_factory):
 def shipped():
     if not DATA.exists():
         pytest.skip("data/ is not checked out: dvc pull")
-    names = ("demonstrations", "critiques", "preferences", "prompts")
+    names = ("demonstrations", "critiques", "preferences", "prompts", "reasoning")
     return {f"data/{name}.jsonl": str(DATA / f"{name}.jsonl") for name in names}
 
 
@@ -119,9 +123,11 @@ def test_no_prompt_is_on_both_sides_of_any_two_data_sets(built):
     train += [p.prompt for p in read_preferences(folder / "preferences" / "reward_train.jsonl")]
     train += [p.prompt for p in read_preferences(folder / "preferences" / "evaluator_train.jsonl")]
     train += [p.prompt for p in read_prompts(folder / "prompts" / "train.jsonl")]
+    train += [p.prompt for p in read_problems(folder / "prompts" / "problems_train.jsonl")]
     heldout = [c.prompt for c in read_conversations(folder / "sft" / "heldout.jsonl")]
     heldout += [p.prompt for p in read_preferences(folder / "preferences" / "heldout.jsonl")]
     heldout += [p.prompt for p in read_prompts(folder / "prompts" / "heldout.jsonl")]
+    heldout += [p.prompt for p in read_problems(folder / "prompts" / "problems_heldout.jsonl")]
     assert len(train) > 2 * len(heldout) > 100
     assert not {normalise(p) for p in train} & {normalise(p) for p in heldout}
 
@@ -189,7 +195,14 @@ def test_the_share_of_longer_chosen_answers_is_over_all_pairs(built):
 def test_counts_by_hand(made_up, tmp_path):
     train = sum(split_of(spelled(i, 0), 0.25) == "train" for i in range(N))
     counts = build_prompts(PromptsConfig(), made_up, tmp_path)
-    assert counts == {"rows/train": train, "rows/heldout": N - train, "rows/duplicates_removed": 1}
+    assert counts == {
+        "rows/train": train,
+        "rows/heldout": N - train,
+        "rows/problems_train": train,
+        "rows/problems_heldout": N - train,
+        "rows/duplicates_removed": 1,
+        "rows/problems_duplicates_removed": 2,
+    }
     counts = build_human_preferences(HumanPreferencesConfig(critiques=[]), made_up, tmp_path)
     assert counts["rows/heldout"] == 2 * (N - train)
     assert counts["rows/reward_train"] + counts["rows/evaluator_train"] == 2 * train
@@ -214,7 +227,7 @@ def test_the_first_prompts_are_a_sample_that_the_order_of_the_file_does_not_deci
     for name, order in (("there", rows), ("back", rows[::-1])):
         (tmp_path / name).mkdir()
         source = write(tmp_path / f"{name}.jsonl", order)
-        build_prompts(PromptsConfig(), {"data/prompts.jsonl": source}, tmp_path / name)
+        build_prompts(PromptsConfig(), made_up | {"data/prompts.jsonl": source}, tmp_path / name)
         written.append([p.id for p in read_prompts(tmp_path / name / "train.jsonl")])
     assert written[0] == written[1] != sorted(written[0], key=lambda i: int(i[1:]))
 
