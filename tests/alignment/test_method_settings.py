@@ -51,7 +51,7 @@ CASES = {
     "ppo": (
         {
             "steps": 3,
-            "seed": 7,  # the KL of its answers is above 0 before the last step, so that its target matters
+            "seed": 10,  # its few answers earn every reward, repeat a token, and have a KL above 0, so that each setting matters
             "batch_size": 4,
             "mini_batches": 2,
             "ppo_epochs": 2,
