@@ -98,7 +98,7 @@ def test_a_pad_token_that_is_eos_is_refused(damaged):
 
 def test_a_missing_chat_template_is_refused(damaged, tiny_gpt2):
     folder = damaged(lambda t: setattr(t, "chat_template", None), of=tiny_gpt2)
-    with pytest.raises(UserError, match=r"no chat template.*Remedy: name one in the recipe \(base_model\.chat_template: chatml, "):
+    with pytest.raises(UserError, match=r"no chat template.*Remedy: name one in the recipe \(base_model\.chat_template: "):
         load_tokenizer(folder)
 
 
