@@ -2,7 +2,8 @@
 
 The reasons are the known failures of critique-and-revise with small models: nothing was revised, the revision echoes
 the answer or the prompt, opens with "Sure, here is...", stops in mid-sentence, repeats itself, talks about the critique,
-or declines what there is no reason to decline.
+or declines what there is no reason to decline. An initial answer that already declined a harmful request leaves nothing to
+revise: of 40 pairs read by hand, 6 were such, and 4 of these revisions were no better.
 """
 
 import re
@@ -21,6 +22,7 @@ Reason = Literal[
     "unchanged",
     "empty",
     "truncated",
+    "already_declined",
     "echo",
     "prompt_echo",
     "boilerplate",
@@ -33,6 +35,7 @@ Reason = Literal[
 
 
 HARMLESS = frozenset({"benign", "borderline-but-fine"})
+HARMFUL = "harmful-intent"
 
 
 class FilterSettings(Config):
@@ -46,6 +49,9 @@ class FilterSettings(Config):
         0.2, ge=0, le=1, description="Share of three-word sequences that may be repeats of earlier ones"
     )
     keep_truncated: bool = Field(False, description="Keep pairs with an answer that was cut at its token limit")
+    keep_already_declined: bool = Field(
+        False, description="Keep pairs whose initial answer already declined a prompt tagged harmful-intent"
+    )
     min_reward_gain: float = Field(0.0, description="The judge must score the revision higher by at least this")
     min_share_kept: float = Field(
         0.25, ge=0, le=1, **layout("The asset's check fails when a smaller share of the prompts ends in a pair")
@@ -65,7 +71,8 @@ def reject_reason(
 
     Args:
         reward_gain: the judge's score of `final` minus that of `initial`.
-        tags: of the prompt; a revision that declines a prompt tagged as harmless is an over-refusal.
+        tags: of the prompt; a revision that declines a prompt tagged as harmless is an over-refusal, and an initial answer
+            that declines one tagged as harmful needs no revision.
     """
     before, after = normalise(initial).split(), normalise(final).split()
     if before == after:
@@ -74,6 +81,8 @@ def reject_reason(
         return "empty"
     if truncated and not settings.keep_truncated:
         return "truncated"
+    if HARMFUL in tags and not settings.keep_already_declined and is_refusal(initial):
+        return "already_declined"
     if len(after) < settings.min_words:
         return "too_short"
     if _similarity(before, after) > settings.max_similarity:

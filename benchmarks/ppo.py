@@ -1,11 +1,12 @@
 """PPO: memory of one base against four models, and speed beside the last PPO that TRL shipped (1.12, `trl.experimental.ppo`).
 
-    python -m benchmarks.ppo MODEL [--trl FOLDER] [--dtype float32] [--batch-size 32] [--new-tokens 48] [--steps 3]
+    python -m benchmarks.ppo MODEL [--adapter FOLDER] [--trl FOLDER] [--dtype float32] [--batch-size 32] [--new-tokens 48]
 
-MODEL is the folder of a causal language model with a chat template, FOLDER one into which TRL 1.12's wheel was unpacked. Every
-side is a process of its own with the same base, prompts, adapters (LoRA r 16 on all linear layers; for TRL inside policy, value
-and reward model), batch, length limit, temperature and PPO epochs; the reward model has a random head. The first step, which
-includes what is set up once, is not timed. Prints a Markdown table.
+MODEL is the folder of a causal language model with a chat template, the adapter a checkpoint over it (an SFT checkpoint, whose
+answers end by themselves) that is merged first, the other folder one into which TRL 1.12's wheel was unpacked. Every side is a
+process of its own with the same base, prompts, adapters (LoRA r 16 on all linear layers; for TRL inside policy, value and reward
+model), batch, length limit, temperature and PPO epochs; the reward model has a random head. The first step, which includes what
+is set up once, is not timed. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--adapter", type=Path)
     parser.add_argument("--trl", type=Path)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch-size", type=int, default=32)
@@ -45,26 +47,37 @@ def main() -> None:
     parser.add_argument("--ppo-epochs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--merged", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
+        options.model = options.merged
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(options, Path(folder))))
         return
     results = {}
-    for side in SIDES if options.trl else SIDES[:3]:
-        print(f"running: {side}", file=sys.stderr, flush=True)
-        arguments = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--side", side]
-        done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
-        results[side] = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(_merged(options.model, options.adapter, Path(folder)) if options.adapter else options.model)
+        for side in SIDES if options.trl else SIDES[:3]:
+            print(f"running: {side}", file=sys.stderr, flush=True)
+            arguments = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--merged", model, "--side", side]
+            done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
+            results[side] = json.loads(done.stdout.splitlines()[-1])
     print(table(results, options))
+
+
+def _merged(model: Path, adapter: Path, folder: Path) -> Path:
+    from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer, save_model
+
+    save_model(load_causal_lm(ModelFiles(model, adapter), LoadSettings(dtype="float32")), load_tokenizer(model), folder / "merged")
+    return folder / "merged"
 
 
 def table(results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
     """The results as Markdown, with both ratios."""
     one = results["one base"]
     lines = [
-        f"{options.model.name}, {options.dtype}, {platform.machine()}: {options.batch_size} answers a step of up to "
-        f"{options.new_tokens} tokens, {options.ppo_epochs} PPO epochs, {options.steps - 1} steps timed.",
+        f"{options.dtype}, {platform.machine()}: {options.batch_size} answers a step of up to {options.new_tokens} tokens, "
+        f"{options.micro_batch_size} in memory at once, {options.ppo_epochs} PPO epochs, {options.steps - 1} steps timed.",
         "",
         "| | peak memory (GB) | one base / this | episodes per second | one base / this | tokens per answer |",
         "|---|---|---|---|---|---|",

@@ -28,11 +28,17 @@ def test_declining_a_harmful_prompt_is_a_healthy_revision():
     assert reason(final=DECLINING, tags=()) is None  # of unknown intent
 
 
+def test_only_a_harmful_prompt_can_have_been_declined_rightly():
+    assert reason(initial=DECLINING, tags=("general", "borderline-but-fine")) is None
+    assert reason(initial=DECLINING, tags=()) is None
+
+
 # One example a reason, healthy in every other respect.
 EXAMPLES = {
     "unchanged": {"final": INITIAL.upper().replace(".", " !")},
     "empty": {"final": "..."},
     "truncated": {"truncated": True},
+    "already_declined": {"initial": DECLINING},
     "too_short": {"final": "Talk to him, please."},
     "echo": {"final": INITIAL.replace("sugar", "salt")},
     "prompt_echo": {"final": PROMPT.replace("him", "that man")},
@@ -53,6 +59,7 @@ def test_every_reason_fires_on_its_own_example(expected):
     ("expected", "setting"),
     [
         ("truncated", {"keep_truncated": True}),
+        ("already_declined", {"keep_already_declined": True}),
         ("too_short", {"min_words": 1}),
         ("echo", {"max_similarity": 1.0}),
         ("repetitive", {"max_repetition": 1.0}),
