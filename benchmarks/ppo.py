@@ -68,7 +68,8 @@ def main() -> None:
 def _merged(model: Path, adapter: Path, folder: Path) -> Path:
     from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer, save_model
 
-    save_model(load_causal_lm(ModelFiles(model, adapter), LoadSettings(dtype="float32")), load_tokenizer(model), folder / "merged")
+    merged = load_causal_lm(ModelFiles(model, adapter), LoadSettings(dtype="float32"))
+    save_model(merged, load_tokenizer(model), folder / "merged")
     return folder / "merged"
 
 
