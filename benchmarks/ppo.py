@@ -1,12 +1,12 @@
 """PPO: memory of one base against four models, and speed beside the last PPO that TRL shipped (1.12, `trl.experimental.ppo`).
 
-    python -m benchmarks.ppo MODEL [--adapter FOLDER] [--trl FOLDER] [--dtype float32] [--batch-size 32] [--new-tokens 48]
+    python -m benchmarks.ppo MODEL [--adapter FOLDER | --random-1b] [--trl FOLDER] [--dtype bfloat16] [--new-tokens 48]
 
 MODEL is the folder of a causal language model with a chat template, the adapter a checkpoint over it (an SFT checkpoint, whose
-answers end by themselves) that is merged first, the other folder one into which TRL 1.12's wheel was unpacked. Every side is a
-process of its own with the same base, prompts, adapters (LoRA r 16 on all linear layers; for TRL inside policy, value and reward
-model), batch, length limit, temperature and PPO epochs; the reward model has a random head. The first step, which includes what
-is set up once, is not timed. Prints a Markdown table.
+answers end by themselves) that is merged first; with --random-1b the weights are random ones of 1.1 billion parameters, whose
+answers never end. The other folder is one into which TRL 1.12's wheel was unpacked. Every side is a process of its own with the
+same base, prompts, adapters (LoRA r 16 on all linear layers; for TRL inside policy, value and reward model), batch, length limit,
+temperature and PPO epochs; the reward model has a random head. The first step, which includes what is set up once, is not timed. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--random-1b", action="store_true")
     parser.add_argument("--trl", type=Path)
+    parser.add_argument("--sides", default="", help="numbers of the sides to run, from 0, separated by commas; default all")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--micro-batch-size", type=int, default=8)
@@ -55,22 +57,38 @@ def main() -> None:
             print(json.dumps(measure(options, Path(folder))))
         return
     results = {}
+    sides = [SIDES[int(i)] for i in options.sides.split(",")] if options.sides else SIDES if options.trl else SIDES[:3]
     with tempfile.TemporaryDirectory() as folder:
-        model = str(_merged(options.model, options.adapter, Path(folder)) if options.adapter else options.model)
-        for side in SIDES if options.trl else SIDES[:3]:
+        model = str(_start(options, Path(folder) / "start"))
+        for side in sides:
             print(f"running: {side}", file=sys.stderr, flush=True)
             arguments = [sys.executable, "-m", "benchmarks.ppo", *sys.argv[1:], "--merged", model, "--side", side]
-            done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True)
-            results[side] = json.loads(done.stdout.splitlines()[-1])
+            done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                print(f"{side}: failed with exit code {done.returncode}", file=sys.stderr, flush=True)
+            else:
+                results[side] = json.loads(done.stdout.splitlines()[-1])
     print(table(results, options))
 
 
-def _merged(model: Path, adapter: Path, folder: Path) -> Path:
-    from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer, save_model
+def _start(options: argparse.Namespace, folder: Path) -> Path:
+    """The folder of the model that every side starts from."""
+    from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer, resolve_dtype, save_model
 
-    merged = load_causal_lm(ModelFiles(model, adapter), LoadSettings(dtype="float32"))
-    save_model(merged, load_tokenizer(model), folder / "merged")
-    return folder / "merged"
+    tokenizer, load = load_tokenizer(options.model), LoadSettings(dtype="float32")
+    if options.random_1b:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+        config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=4, tie_word_embeddings=True, **shape, **ids)
+        model = LlamaForCausalLM(config)
+    elif options.adapter:
+        model = load_causal_lm(ModelFiles(options.model, options.adapter), load)
+    else:
+        return options.model
+    save_model(model, tokenizer, folder, resolve_dtype(options.dtype))
+    return folder
 
 
 def table(results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
