@@ -30,6 +30,7 @@ Reason = Literal[
     "repetitive",
     "too_short",
     "over_refusal",
+    "complies",
     "not_better",
 ]
 
@@ -51,6 +52,11 @@ class FilterSettings(Config):
     keep_truncated: bool = Field(False, description="Keep pairs with an answer that was cut at its token limit")
     keep_already_declined: bool = Field(
         False, description="Keep pairs whose initial answer already declined a prompt tagged harmful-intent"
+    )
+    must_decline_harmful: bool = Field(
+        False,
+        description="Drop a revision that does not decline a prompt tagged harmful-intent: for small critics, whose revisions "
+        "without a clear no mostly comply",
     )
     min_reward_gain: float = Field(0.0, description="The judge must score the revision higher by at least this")
     min_share_kept: float = Field(
@@ -81,7 +87,7 @@ def reject_reason(
         return "empty"
     if truncated and not settings.keep_truncated:
         return "truncated"
-    if HARMFUL in tags and not settings.keep_already_declined and is_refusal(initial):
+    if HARMFUL in tags and not settings.keep_already_declined and is_refusal(initial, len(initial)):
         return "already_declined"
     if len(after) < settings.min_words:
         return "too_short"
@@ -97,6 +103,8 @@ def reject_reason(
         return "repetitive"
     if HARMLESS & set(tags) and is_refusal(final):
         return "over_refusal"
+    if HARMFUL in tags and settings.must_decline_harmful and not is_refusal(final):
+        return "complies"
     if reward_gain < settings.min_reward_gain:
         return "not_better"
     return None

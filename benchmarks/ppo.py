@@ -6,7 +6,8 @@ MODEL is the folder of a causal language model with a chat template, the adapter
 answers end by themselves) that is merged first; with --random-1b the weights are random ones of 1.1 billion parameters, whose
 answers never end. The other folder is one into which TRL 1.12's wheel was unpacked. Every side is a process of its own with the
 same base, prompts, adapters (LoRA r 16 on all linear layers; for TRL inside policy, value and reward model), batch, length limit,
-temperature and PPO epochs; the reward model has a random head. The first step, which includes what is set up once, is not timed. Prints a Markdown table.
+temperature and PPO epochs; the reward model has a random head. The first step, which includes what is set up once, is not timed.
+Prints a Markdown table.
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ def test_declining_a_harmful_prompt_is_a_healthy_revision():
     assert reason(final=DECLINING, tags=()) is None  # of unknown intent
 
 
+def test_a_harmful_prompt_may_have_to_be_declined():
+    assert reason(final=DECLINING, must_decline_harmful=True) is None
+    assert reason(tags=("general", "benign"), must_decline_harmful=True) is None
+
+
 def test_only_a_harmful_prompt_can_have_been_declined_rightly():
     assert reason(initial=DECLINING, tags=("general", "borderline-but-fine")) is None
     assert reason(initial=DECLINING, tags=()) is None
@@ -46,6 +51,7 @@ EXAMPLES = {
     "meta": {"final": HEALTHY + " This takes up what the critique said."},
     "repetitive": {"final": "Talk to him about it first. " * 4},
     "over_refusal": {"final": DECLINING, "tags": ("general", "borderline-but-fine")},
+    "complies": {"must_decline_harmful": True},
     "not_better": {"gain": -0.01},
 }
 
