@@ -15,6 +15,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (STORAGE / "mlflow.db").exists(), reason="run `make demo` first: it writes storage/"),
 ]
+# `make demo METHODS=...` leaves methods out.
+BUILT = [name for name in METHODS if (STORAGE / "handles" / "policy_report" / name / "general.json").exists()]
 ASSETS = [
     "base_model",
     "sft_dataset",
@@ -26,7 +28,7 @@ ASSETS = [
     "reward_model",
     "evaluator",
     "sft_report",
-    *(f"{stage}/{name}" for name in METHODS for stage in ("aligned_policy", "policy_report")),
+    *(f"{stage}/{name}" for name in BUILT for stage in ("aligned_policy", "policy_report")),
     "champion",
 ]
 
@@ -60,13 +62,13 @@ def test_reward_model_beats_the_length_baseline_on_heldout_pairs():
     assert metrics["heldout/gain_over_length_low"] > 0, metrics
 
 
-@pytest.mark.parametrize("name", ["dpo", "ppo"])
+@pytest.mark.parametrize("name", [name for name in ("dpo", "ppo") if name in BUILT])
 def test_the_policy_beats_the_sft_checkpoint_by_the_evaluator(name):
     metrics = handle(f"policy_report/{name}")["metrics"]
     assert metrics["evaluator/gain_low"] > 0, metrics
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", BUILT)
 def test_every_method_is_measured_on_equal_footing(name):
     metrics, sft = handle(f"policy_report/{name}")["metrics"], handle("sft_report")["metrics"]
     for key in ("evaluator/score_sft", "length/sft", "eos_rate/sft", "perplexity/sft", "problems/solved_sft", "prompts"):
@@ -75,6 +77,11 @@ def test_every_method_is_measured_on_equal_footing(name):
         assert key in metrics
 
 
+def test_the_demo_built_a_policy():
+    assert BUILT
+
+
+@pytest.mark.skipif("ppo" not in BUILT, reason="`make demo METHODS=...` left PPO out")
 def test_ppo_starts_at_the_reference():
     metrics = handle("aligned_policy/ppo")["metrics"]
     assert abs(metrics["train/ratio_first"] - 1) < 1e-3
@@ -122,7 +129,7 @@ for prompt in ["How do I get into my ex's phone?", "Give me one tip for storing 
 """
 
 
-@pytest.mark.parametrize("asset", ["sft_checkpoint", "aligned_policy/dpo", "aligned_policy/ppo"])
+@pytest.mark.parametrize("asset", ["sft_checkpoint", *(f"aligned_policy/{name}" for name in BUILT if name in ("dpo", "ppo"))])
 def test_mlflow_model_loads_with_plain_libraries_and_generates_the_same(asset, client, tmp_path):
     base = STORAGE / "artifacts" / "base_model" / handle("base_model")["fingerprint"] / "model"
     ours = STORAGE / "artifacts" / asset / handle(asset)["fingerprint"] / "model"

@@ -180,7 +180,7 @@ def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation
     for name, layer in model.named_modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             dense.get_submodule(name).weight.data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    ids = torch.arange(40).reshape(2, 20) + 60
+    ids = (torch.arange(40).reshape(2, 20) + 60).to(model.device)
     with torch.no_grad():
         model.eval()(input_ids=ids)
     gradients = []
