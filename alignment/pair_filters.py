@@ -53,6 +53,11 @@ class FilterSettings(Config):
         False, description="Keep pairs whose initial answer already declined a prompt tagged harmful-intent"
     )
     min_reward_gain: float = Field(0.0, description="The judge must score the revision higher by at least this")
+    judge_pairs: bool = Field(
+        False,
+        description="Keep a pair only if the critic, asked which answer is better under the last principle, chooses the revision "
+        "in both orders",
+    )
     min_share_kept: float = Field(
         0.25, ge=0, le=1, **layout("The asset's check fails when a smaller share of the prompts ends in a pair")
     )
