@@ -58,7 +58,10 @@ class AlarmConfig(Config):
         0.9, gt=0, le=1, description="Share of critiques that may find nothing before the critic counts as blind"
     )
     min_share_compared: float = Field(
-        0.5, ge=0, le=1, description="AI feedback: share of the prompts that must end in a comparison which the judge could decide"
+        0.5,
+        ge=0,
+        le=1,
+        description="AI feedback: share of the prompts that must end in a comparison the judge could decide",
     )
     max_order_flips: float = Field(
         0.5, ge=0, le=1, description="AI feedback: share of comparisons that the order of the options may decide"

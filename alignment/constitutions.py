@@ -9,7 +9,6 @@
 Source of the method: Constitutional AI, arXiv 2212.08073, section 3.1.
 """
 
-from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from alignment.errors import UserError
 from alignment.models import Config
-from alignment.records import Prompt, Text
+from alignment.records import Text
 
 
 class ConstitutionError(UserError):
@@ -69,24 +68,6 @@ def load_constitution(path: Path) -> Constitution:
         return Constitution(name=path.stem, text=text, **raw)
     except (ValidationError, TypeError) as error:
         raise ConstitutionError(f"{path}: {_first_error(error)}") from error
-
-
-def prompts_under(
-    constitution: Constitution, prompts: Sequence[Prompt], tags: Collection[str] = (), limit: int = 0
-) -> list[Prompt]:
-    """The prompts a constitution applies to; only those that carry one of `tags`, if any are given; at most `limit` (0: all).
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [p for p in prompts if set(p.tags) & set(constitution.prompt_tags) and (not tags or set(p.tags) & set(tags))]
-    if not found:
-        raise UserError(
-            f"conf/constitutions/{constitution.name}.yaml: no training prompt has one of the tags "
-            f"{list(constitution.prompt_tags)}{f' and one of {list(tags)}' if tags else ''}. "
-            "Remedy: add prompts with such a tag, or correct prompt_tags."
-        )
-    return found[: limit or None]
 
 
 def constitution_names(folder: Path) -> list[str]:

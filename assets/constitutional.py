@@ -2,11 +2,9 @@
 
 import dagster as dg
 
-from alignment.ai_feedback import keep_preferred
-from alignment.constitutions import prompts_under
-from alignment.critic import LocalAnswerer
 from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs
 from alignment.datasets import write_jsonl
+from alignment.errors import UserError
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet, RewardModel
 from alignment.readers import read_prompts
 from assets.checks import alarm_specs
@@ -45,14 +43,20 @@ def constitutional_preference_pairs(
         def compute(work, log) -> Outcome:
             from alignment.models import load_causal_lm, load_reward_model, load_tokenizer
 
-            asked = prompts_under(
-                rules, read_prompts(store.path(prompts) / "train.jsonl"), settings.prompt_tags, settings.max_prompts
-            )
+            asked = [
+                p
+                for p in read_prompts(store.path(prompts) / "train.jsonl")
+                if set(p.tags) & set(rules.prompt_tags) and (not settings.prompt_tags or set(p.tags) & set(settings.prompt_tags))
+            ][: settings.max_prompts or None]
+            if not asked:
+                raise UserError(
+                    f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {list(rules.prompt_tags)}. "
+                    "Remedy: add prompts with such a tag, or correct prompt_tags."
+                )
             files = store.model_files(sft_checkpoint)
             tokenizer = load_tokenizer(files.base)
-            model = load_causal_lm(files, settings.load)
             revised = critique_and_revise(
-                model,
+                load_causal_lm(files, settings.load),
                 load_reward_model(store.model_files(human_reward_model), settings.load, tokenizer=tokenizer),
                 tokenizer,
                 asked,
@@ -62,11 +66,6 @@ def constitutional_preference_pairs(
                 log=log,
             )
             pairs, reasons = preference_pairs(revised, rules, settings.filters)
-            if settings.filters.judge_pairs:
-                texts = {p.id: p.text for p in rules.principles}
-                principles = {(r.id, r.prompt): texts[r.revisions[-1].principle] for r in revised}
-                pairs, judged = keep_preferred(LocalAnswerer(model, tokenizer), pairs, principles)
-                reasons += judged
             write_jsonl(work.out / "rounds.jsonl", revised)
             write_jsonl(work.out / "pairs.jsonl", pairs)
             kept = {(p.id, p.prompt) for p in pairs}

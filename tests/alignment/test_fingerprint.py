@@ -99,7 +99,8 @@ def other_values(value, annotation):
     if isinstance(value, str):
         return [value + "x"]
     if isinstance(value, list | tuple):
-        return [[*value, "x"], [*value, {"id": "second", "text": "Be kind."}]]
+        halved = [[v / 2 for v in value]] if value and all(isinstance(v, float) for v in value) else []
+        return [[*value, "x"], [*value, {"id": "second", "text": "Be kind."}], *halved]
     return []
 
 
