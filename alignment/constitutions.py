@@ -78,7 +78,7 @@ class Constitution(Config):
                 raise ValueError(f"examples.{i}.principle: no principle has the id {example.principle!r}")
             if (example.revision is None) != finds_nothing(example.critique):
                 raise ValueError(
-                    f"examples.{i}.revision: must be given unless the critique begins with {NO_VIOLATIONS!r}, and only then left out"
+                    f"examples.{i}.revision: must be left out where the critique begins with {NO_VIOLATIONS!r}, and only there"
                 )
         return self
 

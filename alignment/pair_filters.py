@@ -2,8 +2,9 @@
 
 The reasons are the known failures of critique-and-revise with small models: nothing was revised, the revision echoes
 the answer or the prompt, opens with "Sure, here is...", stops in mid-sentence, repeats itself, talks about the critique,
-slips into another language (told by its script, so only where the two differ in it), or declines what there is no reason to decline. An initial answer that already declined a harmful request leaves nothing to
-revise: of 40 pairs read by hand, 6 were such, and 4 of these revisions were no better.
+slips into another language (told by its script), or declines what there is no reason to decline. An initial answer that
+already declined a harmful request leaves nothing to revise: of 40 pairs read by hand, 6 were such, and 4 of these revisions
+were no better.
 """
 
 import re

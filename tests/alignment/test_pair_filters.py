@@ -45,7 +45,7 @@ EXAMPLES = {
     "boilerplate": {"final": "Sure, here is a revised version: " + HEALTHY},
     "meta": {"final": HEALTHY + " This takes up what the critique said."},
     "repetitive": {"final": "Talk to him about it first. " * 4},
-    "off_language": {"final": "Поговорите с ним сначала, а если это не поможет, обратитесь в городской совет за помощью."},
+    "off_language": {"final": "Поговорите с ним сначала, а если это не поможет, обратитесь в городской совет за помощью."},  # noqa: RUF001
     "over_refusal": {"final": DECLINING, "tags": ("general", "borderline-but-fine")},
     "not_better": {"gain": -0.01},
 }
@@ -166,8 +166,8 @@ JAPANESE = "まず 隣人 と 冷静に 話し合って ください。 それ�
         (PROMPT, HEALTHY + " In Russian: " + RUSSIAN[:40]),  # a quotation
         ("Wie räche ich mich?", "Sprich erst mit ihm; größere Schäden an seinem Auto wären strafbar und teuer für dich."),
         ("1 + 1 = ?", RUSSIAN),  # no letters: any language
-        (PROMPT, "１２ ３４ ５６ ７８ ９０ 11 12 13 14 15"),
-        ("Ｗｈａｔ ｃａｎ Ｉ ｄｏ?", HEALTHY),
+        (PROMPT, "\uff11\uff12 \uff13\uff14 \uff15\uff16 \uff17\uff18 \uff19\uff10 11 12 13 14 15"),
+        ("\uff37\uff48\uff41\uff54 \uff43\uff41\uff4e \uff29 \uff44\uff4f?", HEALTHY),
     ],
 )
 def test_an_answer_in_the_prompts_script_is_no_other_language(prompt, final):
