@@ -280,11 +280,11 @@ class _Exchange:
     def _attempt(self, client: OpenAI, payload: dict[str, Any]) -> dict[str, Any] | _Failure:
         import openai
 
-        deadline = time.monotonic() + self._settings.timeout
         sent = {key: value for key, value in payload.items() if key in _KNOWN_TO_CLIENT}
         sent[self._settings.limit_key] = payload["max_tokens"]
         extra = {key: value for key, value in payload.items() if key not in _KNOWN_TO_CLIENT and key != "max_tokens"}
         create = client.chat.completions.with_streaming_response.create
+        deadline = time.monotonic() + self._settings.timeout
         try:
             with create(**sent, extra_body=extra or None) as response:
                 body = b""
