@@ -1,7 +1,7 @@
 """RLAIF: preferences from a model instead of people (arXiv 2212.08073, section 4.1; arXiv 2309.00267).
 
 For every prompt: sample two answers from the policy, draw one principle, and ask a judge which answer is better under it, as
-a multiple-choice question. The choice is the normalised probability of the options (A) and (B), never a text to be parsed.
+a multiple-choice question. The choice is the normalised probability of the letters A and B, never a text to be parsed.
 It is asked for in both orders and averaged, since small judges prefer a position (arXiv 2309.00267, section 2.1.1); how much
 the order matters is measured. The result is a soft label: the probability that an answer is better. With chain of thought
 the judge reasons first, which makes it overconfident, and labels are clamped to 0.4-0.6, as in the paper.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 from pydantic import Field, model_validator
 
 from alignment.constitutions import Constitution
-from alignment.critic import Answerer
+from alignment.critic import Answerer, AnswererSettings, KeptAnswers, read_whole_lines
 from alignment.critique import draw_principles
 from alignment.fingerprint import layout
 from alignment.generation import Completion, SamplingSettings
@@ -39,23 +39,15 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 CODE_VERSION = "1"
-OPTIONS = ("(A)", "(B)")
+OPTIONS = ("A", "B")  # their first tokens differ, and an endpoint tells no probabilities of more than the first
 DropReason = Literal["empty", "truncated", "identical", "unreadable"]
 EDGE = 1e-6  # labels stay this far from 0 and 1: no judge is certain
-
-
-class JudgeSettings(Config):
-    """Which model judges."""
-
-    model: Literal["sft_checkpoint", "base_model"] = Field(
-        "sft_checkpoint", description="The judge: the SFT checkpoint, whose answers are compared, or the base model"
-    )
-    batch_size: int = Field(16, ge=1, **layout("Questions a local judge reads at once"))
 
 
 class AiFeedbackConfig(Config):
     """Settings of AI feedback (RLAIF)."""
 
+    policy: AnswererSettings = Field(AnswererSettings(), description="Who gives the answers that are compared")
     max_prompts: int = Field(0, ge=0, description="Use only this many of the constitution's training prompts; 0: all")
     prompt_tags: list[str] = Field(
         [], description="Only prompts that also carry one of these tags; empty: all of the constitution's"
@@ -64,7 +56,7 @@ class AiFeedbackConfig(Config):
         SamplingSettings(temperature=1.0, max_new_tokens=128), description="How the two answers are sampled; temperature above 0"
     )
     keep_truncated: bool = Field(False, description="Compare answers, too, that were cut at their token limit")
-    judge: JudgeSettings = Field(JudgeSettings(), description="Which model says which answer is better")
+    judge: AnswererSettings = Field(AnswererSettings(), description="Who says which answer is better")
     chain_of_thought: bool = Field(False, description="The judge writes its reasoning before its choice is read")
     reasoning: SamplingSettings = Field(
         SamplingSettings(temperature=0.0, max_new_tokens=128), description="How the judge's reasoning is sampled"
@@ -185,8 +177,10 @@ def collect_feedback(
 ) -> list[Compared]:
     """Two answers of `policy` to every prompt, compared by `judge`; in the order of the prompts.
 
-    Finished prompts are appended to `work/compared.jsonl` chunk by chunk; what that file already holds is not asked again.
+    Every text is in `work` as soon as it has ended (`policy.jsonl`, `judge.jsonl`), and finished prompts are appended to
+    `compared.jsonl` chunk by chunk; nothing that is there is asked for again.
     """
+    policy, judge = KeptAnswers(policy, work / "policy.jsonl"), KeptAnswers(judge, work / "judge.jsonl")
 
     def compare(chunk: Sequence[Prompt]) -> list[Compared]:
         return _compare(policy, judge, chunk, constitution, config, log)
@@ -210,6 +204,7 @@ def measure_judge(
     (`alignment.reward.accuracy_metrics`, on the probability of either answer), heldout/order_flips, and heldout/unreadable,
     the number of pairs of which the judge could not tell; these take no part in the others.
     """
+    judge = KeptAnswers(judge, work / "judge_heldout.jsonl")
     taken = random.Random(config.seed).sample(list(heldout), min(config.max_heldout, len(heldout)))
 
     def measure(chunk: Sequence[PreferencePair]) -> list[Measured]:
@@ -411,7 +406,7 @@ def _in_chunks(
     what: str,
 ) -> list[R]:
     """One record per item, in their order; finished ones are appended to `path` chunk by chunk and not computed again."""
-    done = {key(r): r for r in _read_finished(path, kind)}
+    done = {key(r): r for r in read_whole_lines(path, kind.model_validate)}
     todo = [item for item in items if key(item) not in done]
     if done:
         log.say(f"{what}: {len(items) - len(todo)} of {len(items)} were already done")
@@ -423,19 +418,6 @@ def _in_chunks(
         done |= {key(r): r for r in results}
         progress.advance(len(results))
     return [done[key(item)] for item in items]
-
-
-def _read_finished(path: Path, kind: type[R]) -> list[R]:
-    if not path.exists():
-        return []
-    finished = []
-    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
-        try:
-            finished.append(kind(**json.loads(line)))
-        except (ValueError, TypeError):  # the line that a kill cut short; its item is simply done again
-            continue
-    path.write_text("".join(r.model_dump_json() + "\n" for r in finished), encoding="utf-8")
-    return finished
 
 
 def _user(text: str) -> dict[str, str]:

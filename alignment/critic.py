@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
+from alignment.chat import prompt_ids
+from alignment.context_length import position_limit
 from alignment.fingerprint import identity, layout
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import answer_log_probs
@@ -131,17 +133,18 @@ class LocalAnswerer:
         return generate(self._model, self._tokenizer, conversations, settings, **given)
 
     def choose(self, conversations, options) -> list[list[float] | None]:
-        """See `Answerer.choose`: from the log-probabilities of whole options, which may be several tokens long."""
-        asked = [c for c in conversations for _ in options]
-        said = list(options) * len(conversations)
-        log_probs = answer_log_probs(self._model, self._tokenizer, asked, said, self._batch_size)
-        out: list[list[float] | None] = []
-        for start in range(0, len(log_probs), len(options)):
-            row = log_probs[start : start + len(options)]
-            top = max(row)
-            weights = [math.exp(lp - top) for lp in row]
-            out.append([w / sum(weights) for w in weights])
-        return out
+        """See `Answerer.choose`: from the log-probabilities of whole options, which may be several tokens long.
+
+        A conversation that is longer than the model can read is one of which it cannot be told.
+        """
+        limit = position_limit(self._model)
+        if limit < math.inf:
+            limit -= max((len(self._tokenizer(o, add_special_tokens=False)["input_ids"]) for o in options), default=0)
+        readable = [limit == math.inf or len(prompt_ids(self._tokenizer, c)) <= limit for c in conversations]
+        asked = [c for c, fits in zip(conversations, readable, strict=True) if fits for _ in options]
+        said = list(options) * sum(readable)
+        log_probs = iter(answer_log_probs(self._model, self._tokenizer, asked, said, self._batch_size))
+        return [_normalised([next(log_probs) for _ in options]) if fits else None for fits in readable]
 
     def probability(self, conversations, answer) -> list[float] | None:
         """See `Answerer.probability`."""
@@ -218,3 +221,9 @@ def read_whole_lines(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T
 
 def _kept(line: dict[str, Any]) -> tuple[str, Completion]:
     return line["key"], Completion(line["text"], line["tokens"], line["ended"], tuple(line["ids"]))
+
+
+def _normalised(log_probs: Sequence[float]) -> list[float]:
+    top = max(log_probs)
+    weights = [math.exp(lp - top) for lp in log_probs]
+    return [w / sum(weights) for w in weights]

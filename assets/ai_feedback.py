@@ -1,5 +1,7 @@
 """`ai_feedback[c]`: two answers of the SFT checkpoint to every prompt, compared by a judge under the constitution (RLAIF)."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from alignment.ai_feedback import (
@@ -11,11 +13,13 @@ from alignment.ai_feedback import (
     feedback_metrics,
     measure_judge,
 )
-from alignment.constitutions import prompts_under
+from alignment.constitutions import Constitution
 from alignment.datasets import write_jsonl
+from alignment.errors import UserError
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet
 from alignment.readers import read_preferences, read_prompts
-from assets.answerers import make_answerer
+from alignment.records import Prompt
+from assets.answerers import answerers
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.reward_models import pairs_of
@@ -36,7 +40,6 @@ LaunchConfig = launch_config("ai_feedback", recipe_config("ai_feedback", AiFeedb
 def ai_feedback(
     context: dg.AssetExecutionContext,
     config: LaunchConfig,  # type: ignore[valid-type]
-    base_model: Checkpoint,
     sft_checkpoint: Checkpoint,
     prompts: PromptSet,
     human_preferences: PreferenceDataset,
@@ -52,24 +55,19 @@ def ai_feedback(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            asked = prompts_under(
-                rules, read_prompts(store.path(prompts) / "train.jsonl"), settings.prompt_tags, settings.max_prompts
-            )
+            asked = training_prompts(store.path(prompts) / "train.jsonl", rules, settings)
             heldout = pairs_of(rules, read_preferences(store.path(human_preferences) / "heldout.jsonl"))
-            checkpoints = {"sft_checkpoint": sft_checkpoint, "base_model": base_model}
-            judge = make_answerer(settings.judge, checkpoints, store, settings.load)
-            policy = judge
-            if settings.judge.model != "sft_checkpoint":
-                itself = settings.judge.model_copy(update={"model": "sft_checkpoint"})
-                policy = make_answerer(itself, checkpoints, store, settings.load)
-            compared = collect_feedback(policy, judge, asked, rules, settings, work=work.folder, log=log)
-            accuracy, measured = measure_judge(judge, heldout, rules, settings, work=work.folder, log=log)
+            who = answerers(
+                {"policy": settings.policy, "judge": settings.judge}, sft_checkpoint, store, settings.load, work.folder
+            )
+            compared = collect_feedback(who["policy"], who["judge"], asked, rules, settings, work=work.folder, log=log)
+            accuracy, measured = measure_judge(who["judge"], heldout, rules, settings, work=work.folder, log=log)
             write_jsonl(work.out / "comparisons.jsonl", [c.comparison for c in compared if c.comparison is not None])
             write_jsonl(work.out / "heldout.jsonl", measured)
             return Outcome(
                 metrics=feedback_metrics(compared) | accuracy,
                 tables={"comparisons": _comparisons(compared), "heldout_pairs": _heldout(measured)},
-                facts={"judge": judge.identity},
+                facts={name: answerer.identity for name, answerer in who.items()},
                 summary=_examples(compared),
             )
 
@@ -78,7 +76,6 @@ def ai_feedback(
             config=settings,
             code_version=CODE_VERSION,
             inputs={
-                "base_model": base_model,
                 "sft_checkpoint": sft_checkpoint,
                 "prompts": prompts,
                 "human_preferences": human_preferences,
@@ -88,6 +85,23 @@ def ai_feedback(
         )
 
     return materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
+
+
+def training_prompts(path: Path, rules: Constitution, settings: AiFeedbackConfig) -> list[Prompt]:
+    """The training prompts that answers are compared for.
+
+    Raises:
+        UserError: no prompt has the tags that are asked for.
+    """
+    tags, further = set(rules.prompt_tags), set(settings.prompt_tags)
+    found = [p for p in read_prompts(path) if tags & set(p.tags) and (not further or further & set(p.tags))]
+    if not found:
+        also = f" and one of {sorted(further)} (ai_feedback.prompt_tags)" if further else ""
+        raise UserError(
+            f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {sorted(tags)}{also}. "
+            "Remedy: add prompts with such tags, or correct prompt_tags."
+        )
+    return found[: settings.max_prompts or None]
 
 
 def _comparisons(compared: list[Compared]) -> list[dict]:

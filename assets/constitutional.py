@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from alignment.ai_feedback import keep_preferred
 from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs, reward_judge
 from alignment.datasets import write_jsonl
 from alignment.errors import UserError
@@ -69,6 +70,11 @@ def constitutional_preference_pairs(
                 log=log,
             )
             pairs, reasons = preference_pairs(revised, rules, settings.filters)
+            if settings.filters.judge_pairs:
+                texts = {p.id: p.text for p in rules.principles}
+                principles = {(r.id, r.prompt): texts[r.revisions[-1].principle] for r in revised}
+                pairs, judged = keep_preferred(who["critic"], pairs, principles)
+                reasons += judged
             write_jsonl(work.out / "rounds.jsonl", revised)
             write_jsonl(work.out / "pairs.jsonl", pairs)
             kept = {(p.id, p.prompt) for p in pairs}

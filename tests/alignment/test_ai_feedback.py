@@ -52,6 +52,14 @@ def shown(conversation):
     return re.search(r"Options:\n\(A\) (.*?)\n\n\(B\) (.*?)\n\n", conversation[0]["content"], flags=re.DOTALL).groups()
 
 
+def told(keep, answers):
+    """The answers, each told of as `Answerer.answer` promises."""
+    for i, answer in enumerate(answers):
+        if keep is not None:
+            keep(i, answer)
+    return answers
+
+
 class Judge:
     """A judge with a rule: `p(first, second)` is the probability of option (A), or None. It remembers what it was asked."""
 
@@ -60,9 +68,9 @@ class Judge:
     def __init__(self, p, reasoning="Because."):
         self.p, self.reasoning, self.asked, self.seeds = p, reasoning, [], []
 
-    def answer(self, conversations, settings, *, seeds, not_first=None, log=None, what=""):
+    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, log=None, what=""):
         self.seeds += seeds
-        return [Completion(self.reasoning, 2, True) for _ in conversations]
+        return told(keep, [Completion(self.reasoning, 2, True) for _ in conversations])
 
     def choose(self, conversations, options):
         assert tuple(options) == OPTIONS
@@ -82,9 +90,14 @@ class Writer:
     def __init__(self, a="please wait a moment", b="never do that", ended=True):
         self.answers, self.asked = [Completion(a, 4, ended), Completion(b, 3, ended)], []
 
-    def answer(self, conversations, settings, *, seeds, not_first=None, log=None, what=""):
+    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, log=None, what=""):
         self.asked += conversations
-        return [self.answers[i % 2] for i in range(len(conversations))]
+        return told(keep, [self.answers[i % 2] for i in range(len(conversations))])
+
+    def choose(self, conversations, options):
+        raise AssertionError("the policy judges nothing")
+
+    probability = choose
 
 
 def polite(first, second):
@@ -127,7 +140,7 @@ def test_both_orders_are_asked_of_the_same_question():
         assert turn["role"] == "user"
         assert "Human: Why?" in turn["content"]
         assert CASE.principle in turn["content"]
-        assert turn["content"].endswith("Answer with (A) or (B).")
+        assert turn["content"].endswith("Answer with A or B only.")
 
 
 def test_the_turns_before_are_shown_in_their_order():

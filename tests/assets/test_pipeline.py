@@ -38,7 +38,7 @@ LAYOUT = {
     "evaluator": {"optim": {"gradient_checkpointing": True}},
     "aligned_policy__dpo": {"optim": {"micro_batch_size": 2, "save_every": 7}},
     "constitutional_preference_pairs": {"answer": {"batch_size": 3}, "chunk": 5},
-    "ai_feedback": {"answer": {"batch_size": 3}, "chunk": 5, "judge": {"batch_size": 2}},
+    "ai_feedback": {"answer": {"batch_size": 3}, "chunk": 5},
     "aligned_policy__ppo": {"micro_batch_size": 4, "score_batch_size": 4, "save_every": 2},
     "sft_report": {"score_batch_size": 2},
     "policy_report__dpo": {"score_batch_size": 2},
