@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from alignment.ai_feedback import (
     read_comparisons,
     verdict_request,
 )
+from alignment.alarms import ALARMS, AlarmConfig, sound, watches
 from alignment.constitutions import Constitution, Principle
 from alignment.critic import LocalAnswerer
 from alignment.critique import draw_principles
@@ -479,6 +481,57 @@ def test_a_killed_measurement_goes_on(tmp_path, interrupted):
     again = Judge(polite)
     assert measure(again, work) == expected
     assert 0 < len(again.asked) < 20
+
+
+# --- Alarms -----------------------------------------------------------------------------------------------------------
+
+MIXED = [p.model_copy(update={"id": f"{p.id}-{i}", "rejected": "no" * (1 + 20 * (i % 2))}) for i in range(4) for p in HELDOUT]
+
+
+@pytest.fixture
+def fired(collect, tmp_path):
+    """The alarms of a run with this policy and judge."""
+
+    def run(policy, judge, **changes):
+        compared = collect(policy, judge, **changes)
+        accuracy, _ = measure(judge, tmp_path / "work", MIXED)
+        metrics = feedback_metrics(compared) | accuracy
+        return {w.name for w in watches("ai_feedback") if sound(w, metrics, AlarmConfig()).fired}
+
+    return run
+
+
+def test_a_healthy_run_is_silent(fired):
+    assert fired(Writer(), Judge(polite)) == set()
+
+
+def test_answers_that_cannot_be_compared_block(fired):
+    assert "share_compared" in fired(Writer(ended=False), Judge(polite), keep_truncated=False)
+    assert ALARMS["share_compared"].severity == "error"
+
+
+def test_a_judge_whose_choices_cannot_be_read_blocks(fired):
+    unreadable = Judge(lambda first, second: None if "moment" in first + second else polite(first, second))
+    assert "share_compared" in fired(Writer(), unreadable)
+
+
+def test_a_judge_that_looks_at_the_position_is_noticed(fired):
+    def order(first, second):  # of answers to prompts; it agrees with people all the same
+        return 0.8 if "moment" in first + second else polite(first, second)
+
+    assert fired(Writer(), Judge(order)) == {"judge_reads_the_answers"}
+
+
+def test_a_judge_that_knows_no_more_than_the_length_is_noticed(fired):
+    def length(first, second):
+        return 0.8 if len(first) < len(second) else 0.2
+
+    assert fired(Writer(), Judge(length)) == {"judge_beats_length"}
+
+
+def test_every_alarm_of_ai_feedback_has_a_run_here():
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'"{w.name}"' in text for w in watches("ai_feedback"))
 
 
 # --- The judge of revisions -------------------------------------------------------------------------------------------
