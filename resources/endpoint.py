@@ -213,7 +213,6 @@ class _Exchange:
                                 done(i, future.result())
                                 progress.advance(1)
                         else:  # those under way are waited for: they are paid for
-                            self._over.set()
                             stopped = stopped or error
             finally:
                 self._over.set()
@@ -236,15 +235,19 @@ class _Exchange:
         # In a thread of the pool. None when another request ended the run.
         if self._over.is_set():
             return None
-        with self._cache.lock(key):
-            answer = self._cache.get(key)  # another process may have asked meanwhile
-            if answer is None:
-                self._budget.check()
-                answer = self._answer(client, payload)
+        try:
+            with self._cache.lock(key):
+                answer = self._cache.get(key)  # another process may have asked meanwhile
                 if answer is None:
-                    return None
-                self._cache.put(key, answer)
-                self._budget.add(answer["prompt_tokens"], answer["completion_tokens"])
+                    self._budget.check()
+                    answer = self._answer(client, payload)
+                    if answer is None:
+                        return None
+                    self._cache.put(key, answer)
+                    self._budget.add(answer["prompt_tokens"], answer["completion_tokens"])
+        except BaseException:
+            self._over.set()  # here, before this thread takes up the next request
+            raise
         self._cache.unlock(key)
         return answer
 

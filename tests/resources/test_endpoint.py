@@ -456,9 +456,10 @@ def test_a_real_server_behind_faults_answers_as_without_them_and_as_the_model_in
     url, folder = real_server
     greedy = SamplingSettings(temperature=0.0, max_new_tokens=8)
     with ChatServer(forward(url)) as direct, ChatServer(forward(url), faults=FAULTS) as faulty:
+        faulty.patience = 30.0
         calm = ask(answerer(direct, model=str(folder), timeout=60.0), settings=greedy)
         said = []
-        stormy = ask(answerer(faulty, cache="other", model=str(folder), timeout=8.0, retries=8), settings=greedy, said=said)
+        stormy = ask(answerer(faulty, cache="other", model=str(folder), timeout=20.0, retries=8), settings=greedy, said=said)
         assert stormy == calm
         assert faulty.failed == dict.fromkeys(FAULTS, 2)
         assert answerer(direct, model=str(folder), timeout=60.0).choose(CONVERSATIONS[:1], ["A", "B"]) == [None]
