@@ -2,12 +2,12 @@
 
 For every prompt: sample two answers from the policy, draw one principle, and ask a judge which answer is better under it, as
 a multiple-choice question. The choice is the normalised probability of the letters A and B, never a text to be parsed.
-It is asked for in both orders and averaged, since small judges prefer a position (arXiv 2309.00267, section 2.1.1); how much
-the order matters is measured. The result is a soft label: the probability that an answer is better. With chain of thought
+It is asked for in both orders and averaged, since judges prefer a position, small ones most (arXiv 2309.00267); how much the
+order matters is measured. The result is a soft label: the probability that an answer is better. With chain of thought
 the judge reasons first, which makes it overconfident, and labels are clamped to 0.4-0.6, as in the paper.
 
-Deviations: the paper's judge sees few-shot examples and averages over several principles; ours sees one request per order.
-What cannot be told is a missing value: it is left out and counted, and never becomes a score.
+Deviation: the paper's judge is shown worked examples first; ours is asked directly. What cannot be told is a missing value: it
+is left out and counted, and never becomes a score.
 """
 
 from __future__ import annotations
