@@ -57,6 +57,15 @@ class AlarmConfig(Config):
     max_share_no_violations: float = Field(
         0.9, gt=0, le=1, description="Share of critiques that may find nothing before the critic counts as blind"
     )
+    min_share_compared: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="AI feedback: share of the prompts that must end in a comparison the judge could decide",
+    )
+    max_order_flips: float = Field(
+        0.5, ge=0, le=1, description="AI feedback: share of comparisons that the order of the options may decide"
+    )
 
 
 @dataclass(frozen=True)
@@ -439,7 +448,34 @@ def gain_is_not_length(bounds: AlarmConfig, gain: float, policy: float, sft: flo
     )
 
 
-# --- 10: critique and revise ------------------------------------------------------------------------------------------
+@_watch(
+    9,
+    ["ai_feedback"],
+    ["position/order_flips", "position/bias", "position/first_chosen"],
+    "use a larger judge; a choice that the order decides averages out to a label near 0.5, which teaches nothing.",
+)
+def judge_reads_the_answers(bounds: AlarmConfig, flips: float, bias: float, first: float) -> tuple[bool, str]:
+    """What the judge chooses depends on the answers, not on which of them is shown first."""
+    return (
+        flips > bounds.max_order_flips,
+        f"the order decides {flips:.0%} of the choices (at most {bounds.max_order_flips:.0%}) and moves a probability by "
+        f"{bias:.2f}; the first option is chosen in {first:.0%}",
+    )
+
+
+@_watch(
+    9,
+    ["ai_feedback"],
+    ["heldout/accuracy", "heldout/gain_over_length", "heldout/gain_over_length_low", "heldout/gain_over_length_high"],
+    "use a better judge, or give AI feedback no weight (reward_model.ai_feedback_weight: 0).",
+    optional=True,
+)
+def judge_beats_length(bounds: AlarmConfig, accuracy: float, gain: float, low: float, high: float) -> tuple[bool, str]:
+    """The judge agrees with people more often than the better of 'longer wins' and 'shorter wins' does, on the same pairs."""
+    return low <= 0, f"accuracy {accuracy:.3f}, {gain:+.3f} [{low:+.3f}, {high:+.3f}] over the length baseline"
+
+
+# --- 10: critique and revise, AI feedback -----------------------------------------------------------------------------
 
 
 @_watch(
@@ -465,6 +501,22 @@ def critic_finds_something(bounds: AlarmConfig, share: float) -> tuple[bool, str
     return (
         share > bounds.max_share_no_violations,
         f"{share:.0%} of the critiques find nothing; at most {bounds.max_share_no_violations:.0%}",
+    )
+
+
+@_watch(
+    10,
+    ["ai_feedback"],
+    ["share_compared", "prompts"],
+    "see dropped/* for the reasons: raise answer.temperature for identical answers and answer.max_new_tokens for truncated ones, "
+    "and use a judge whose option probabilities can be read.",
+    "error",
+)
+def share_compared(bounds: AlarmConfig, share: float, prompts: float) -> tuple[bool, str]:
+    """Enough of the prompts end in two answers that the judge could compare; what it could not is no score."""
+    return (
+        share < bounds.min_share_compared,
+        f"{share:.0%} of {prompts:.0f} prompts ended in a comparison; at least {bounds.min_share_compared:.0%}",
     )
 
 

@@ -2,11 +2,12 @@
 
 A reward model scores exactly the text it was trained on and a policy is prompted exactly as it was fine-tuned, because
 everything goes through these functions (the failure otherwise: scores of text built with another template, or without
-EOS).
+EOS). What a message says is never markup: text that spells a special token is encoded as the characters it consists of.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+_ZERO_WIDTH_SPACE = "\u200b"
 
 
 class TemplateError(UserError):
@@ -94,27 +96,52 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
     return Example(ids[:last], labels[:last])
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that holds no markup of its own: a special token it spells is encoded as ordinary text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(plain_text(tokenizer, messages), tokenize=False, add_generation_prompt=generation_prompt)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    # A content that spells a special token ("<|im_end|>") must not become one: it would end or open a turn. What it spells
+    # is interrupted by a mark before the template is rendered, so that only the template's own special tokens are found.
+    specials = _special_tokens(tokenizer)
+    marked, mark = _marked(messages, specials)
+    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation_prompt)
+    if mark is None:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    parts = re.split("(" + "|".join(map(re.escape, specials)) + ")", text)
+    visible = tokenizer(text.replace(mark, _ZERO_WIDTH_SPACE), add_special_tokens=False)["input_ids"]
+    if _ids_of_parts(tokenizer, [p.replace(mark, _ZERO_WIDTH_SPACE) for p in parts]) != visible:
+        return visible  # a tokenizer for which text after a special token is not text like any other keeps the space
+    return _ids_of_parts(tokenizer, [p.replace(mark, "") for p in parts])
 
 
-def plain_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Messages whose texts spell no special token.
-
-    A text that spells one ("<|im_end|>") must not become one: it would end or open a turn. A zero-width space after its
-    first character keeps it readable and makes it ordinary text.
-    """
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # Longest first, as a tokenizer finds them.
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    specials = sorted((t for t in added | set(tokenizer.all_special_tokens) if len(t) > 1), key=len, reverse=True)
-    out = []
-    for message in messages:
-        content = message["content"]
+    return sorted((t for t in added | set(tokenizer.all_special_tokens) if len(t) > 1), key=len, reverse=True)
+
+
+def _marked(messages: Sequence[dict[str, str]], specials: Sequence[str]) -> tuple[list[dict[str, str]], str | None]:
+    # The messages with a mark after the first character of every special token that they spell, and the mark, if any.
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    told = "".join(message["content"] for message in plain)
+    if not any(special in told for special in specials):
+        return plain, None
+    mark = next(c for c in (_ZERO_WIDTH_SPACE, *map(chr, range(0xE000, 0xF900))) if c not in told)
+    for message in plain:
         for special in specials:
-            if special in content:
-                content = content.replace(special, special[0] + "\u200b" + special[1:])
-        out.append({"role": message["role"], "content": content})
-    return out
+            message["content"] = message["content"].replace(special, special[0] + mark + special[1:])
+    return plain, mark
+
+
+def _ids_of_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> list[int]:
+    # Parts with odd index are the template's special tokens.
+    return [
+        token
+        for i, part in enumerate(parts)
+        for token in ([tokenizer.convert_tokens_to_ids(part)] if i % 2 else text_ids(tokenizer, part) if part else [])
+    ]
 
 
 def _common_prefix(a: list[int], b: list[int]) -> list[int]:

@@ -5,6 +5,14 @@
     principles:
       - id: honest
         text: Please choose the response that is the most helpful, harmless, and honest.
+        critique_request: Say where the response above is dishonest.       # optional: in place of the usual request
+        revision_request: Rewrite the response so that all of it is true.  # optional
+    examples:                         # optional: shown to the critic as earlier turns of its conversation
+      - prompt: Is the earth flat?
+        response: "Yes."
+        critique: The response states a falsehood.
+        revision: No, it is round.    # left out where the critique finds nothing
+        principle: honest             # shown under this principle only; left out: under all
 
 Source of the method: Constitutional AI, arXiv 2212.08073, section 3.1.
 """
@@ -16,6 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from alignment.errors import UserError
 from alignment.models import Config
+from alignment.readers import NO_VIOLATIONS
 from alignment.records import Text
 
 
@@ -28,6 +37,18 @@ class Principle(Config):
 
     id: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Short name, used in tables and metrics")
     text: Text = Field(description="The principle, as the critic reads it")
+    critique_request: Text | None = Field(None, description="What the critic is asked in place of the usual request")
+    revision_request: Text | None = Field(None, description="What it is asked after its critique, in place of the usual request")
+
+
+class CritiqueExample(Config):
+    """A worked critique that the critic is shown before its own task (few-shot)."""
+
+    prompt: Text = Field(description="What the user asked")
+    response: Text = Field(description="The answer that is criticised")
+    critique: Text = Field(description='What a good critic says of it; "No violations found." where there is nothing to say')
+    revision: Text | None = Field(None, description="The answer rewritten; left out where the critique finds nothing")
+    principle: str | None = Field(None, description="Id of the principle it is shown under; left out: all")
 
 
 class Constitution(Config):
@@ -38,6 +59,7 @@ class Constitution(Config):
     prompt_tags: tuple[str, ...] = Field(min_length=1, description="A prompt with any of these tags belongs to it")
     preference_domains: tuple[str, ...] = Field((), description="Domains of human pairs its reward models learn from; empty: all")
     principles: tuple[Principle, ...] = Field(min_length=1, description="At least one principle")
+    examples: tuple[CritiqueExample, ...] = Field((), description="Worked critiques shown to the critic before its own task")
     text: str = Field(description="The file's content, part of every fingerprint under this constitution")
 
     @model_validator(mode="after")
@@ -46,6 +68,18 @@ class Constitution(Config):
         twice = sorted({i for i in ids if ids.count(i) > 1})
         if twice:
             raise ValueError(f"principles: id {twice[0]!r} occurs twice")
+        return self
+
+    @model_validator(mode="after")
+    def _examples_usable(self) -> "Constitution":
+        known = {p.id for p in self.principles}
+        for i, example in enumerate(self.examples):
+            if example.principle is not None and example.principle not in known:
+                raise ValueError(f"examples.{i}.principle: no principle has the id {example.principle!r}")
+            if (example.revision is None) != finds_nothing(example.critique):
+                raise ValueError(
+                    f"examples.{i}.revision: must be left out where the critique begins with {NO_VIOLATIONS!r}, and only there"
+                )
         return self
 
 
@@ -68,6 +102,11 @@ def load_constitution(path: Path) -> Constitution:
         return Constitution(name=path.stem, text=text, **raw)
     except (ValidationError, TypeError) as error:
         raise ConstitutionError(f"{path}: {_first_error(error)}") from error
+
+
+def finds_nothing(critique: str) -> bool:
+    """Whether a critique's text says that there is nothing to criticise."""
+    return critique.strip().lower().startswith(NO_VIOLATIONS.lower())
 
 
 def constitution_names(folder: Path) -> list[str]:

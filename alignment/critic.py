@@ -1,23 +1,79 @@
 """Whoever is asked: the sampler, the critic and the judge of Constitutional AI are each an `Answerer`.
 
 `LocalAnswerer` is a model in this process; `resources.endpoint` has one behind an OpenAI-compatible server. What an answer
-depends on is the conversation, the settings and the row's seed - not the batch or the order it was asked in.
+depends on is the conversation, the settings and the row's seed - not the batch or the order it was asked in. That is also
+what `KeptAnswers` finds an answer by that an interrupted run already had.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from pydantic import Field, model_validator
+
+from alignment.chat import prompt_ids
+from alignment.context_length import position_limit
+from alignment.fingerprint import identity, layout
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import answer_log_probs
+from alignment.models import Config
 from alignment.progress import SILENT, Log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Conversation = Sequence[dict[str, str]]  # chat messages, the last one the user's
+T = TypeVar("T")
+Keep = Callable[[int, Completion], None]  # told the number of a conversation and its answer
+
+
+class AnswererSettings(Config):
+    """Who answers: a model in this process, or one behind an OpenAI-compatible server."""
+
+    kind: Literal["local", "endpoint"] = Field(
+        "local", description="local: a model in this process; endpoint: a server that speaks OpenAI's chat completions"
+    )
+    source: Literal["sft_checkpoint", "base_model"] = Field("sft_checkpoint", description="Which model, if local")
+    model: str = Field(
+        "", description="Name under which the endpoint knows the model; part of the fingerprint, the address is not"
+    )
+    extended_sampling: bool = Field(
+        False, description="Send top_k and repetition_penalty too; vLLM knows them, OpenAI's own servers refuse them"
+    )
+    base_url: str = Field("https://api.openai.com/v1", **layout("The endpoint's address, with its version path"))
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", pattern=r"^[A-Za-z_]\w*$", **layout("Environment variable that holds the key; never the key itself")
+    )
+    limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", **layout("What the endpoint calls the limit of new tokens; OpenAI's reasoning models want the longer one")
+    )
+    concurrency: int = Field(8, ge=1, **layout("Requests under way at once"))
+    timeout: float = Field(120.0, gt=0, **layout("Seconds after which a request counts as failed, its answer's body included"))
+    retries: int = Field(6, ge=0, **layout("Times a failed request is repeated, with growing waits, before the run ends"))
+    max_retry_wait: float = Field(
+        60.0, gt=0, **layout("Longest wait before a repetition, in seconds; a longer Retry-After ends the run")
+    )
+    max_tokens_budget: int = Field(0, ge=0, **layout("The run ends when it has paid for this many tokens; 0: no limit"))
+    max_cost: float = Field(0.0, ge=0, **layout("The run ends when its answers have cost this much; 0: no limit"))
+    price_prompt: float = Field(0.0, ge=0, **layout("Price of a million prompt tokens, in the currency of max_cost"))
+    price_completion: float = Field(0.0, ge=0, **layout("Price of a million completion tokens"))
+
+    @model_validator(mode="after")
+    def _complete(self) -> AnswererSettings:
+        if self.kind == "endpoint" and not self.model:
+            raise ValueError("model: name the model that the endpoint is to answer with")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError("base_url: must begin with http:// or https://")
+        if "@" in self.base_url or "?" in self.base_url:
+            raise ValueError("base_url: must hold no password and no query; a key belongs into the environment, see api_key_env")
+        if self.max_cost and not (self.price_prompt or self.price_completion):
+            raise ValueError("max_cost: needs price_prompt or price_completion, or nothing ever costs anything")
+        return self
 
 
 class Answerer(Protocol):
@@ -35,6 +91,7 @@ class Answerer(Protocol):
         *,
         seeds: Sequence[int],
         not_first: str | None = None,
+        keep: Keep | None = None,
         log: Log = SILENT,
         what: str = "sampling",
     ) -> list[Completion]:
@@ -43,6 +100,7 @@ class Answerer(Protocol):
         Args:
             seeds: one per conversation.
             not_first: no answer starts with the first token of this text; whoever cannot bar a token ignores it.
+            keep: told of every answer as soon as it has ended, while others go on; never of two at once.
         """
         ...
 
@@ -67,26 +125,105 @@ class LocalAnswerer:
         self.identity = identity
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
 
-    def answer(self, conversations, settings, *, seeds, not_first=None, log=SILENT, what="sampling") -> list[Completion]:
+    def answer(
+        self, conversations, settings, *, seeds, not_first=None, keep=None, log=SILENT, what="sampling"
+    ) -> list[Completion]:
         """See `Answerer.answer`."""
-        return generate(
-            self._model, self._tokenizer, conversations, settings, seeds=seeds, not_first=not_first, log=log, what=what
-        )
+        given = {"seeds": seeds, "not_first": not_first, "keep": keep, "log": log, "what": what}
+        return generate(self._model, self._tokenizer, conversations, settings, **given)
 
     def choose(self, conversations, options) -> list[list[float] | None]:
-        """See `Answerer.choose`: from the log-probabilities of whole options, which may be several tokens long."""
-        asked = [c for c in conversations for _ in options]
-        said = list(options) * len(conversations)
-        log_probs = answer_log_probs(self._model, self._tokenizer, asked, said, self._batch_size)
-        out: list[list[float] | None] = []
-        for start in range(0, len(log_probs), len(options)):
-            row = log_probs[start : start + len(options)]
-            top = max(row)
-            weights = [math.exp(lp - top) for lp in row]
-            out.append([w / sum(weights) for w in weights])
-        return out
+        """See `Answerer.choose`: from the log-probabilities of whole options, which may be several tokens long.
+
+        A conversation that is longer than the model can read is one of which it cannot be told.
+        """
+        limit = position_limit(self._model)
+        if limit < math.inf:
+            limit -= max((len(self._tokenizer(o, add_special_tokens=False)["input_ids"]) for o in options), default=0)
+        readable = [limit == math.inf or len(prompt_ids(self._tokenizer, c)) <= limit for c in conversations]
+        asked = [c for c, fits in zip(conversations, readable, strict=True) if fits for _ in options]
+        said = list(options) * sum(readable)
+        log_probs = iter(answer_log_probs(self._model, self._tokenizer, asked, said, self._batch_size))
+        return [_normalised([next(log_probs) for _ in options]) if fits else None for fits in readable]
 
     def probability(self, conversations, answer) -> list[float] | None:
         """See `Answerer.probability`."""
         said = [answer] * len(conversations)
         return [math.exp(lp) for lp in answer_log_probs(self._model, self._tokenizer, conversations, said, self._batch_size)]
+
+
+class KeptAnswers:
+    """An answerer whose every answer is on disk as soon as it has ended, and is not asked for again.
+
+    Args:
+        path: a file of JSON lines, appended to; the line that a kill cut short is dropped, and its answer asked for again.
+    """
+
+    def __init__(self, answerer: Answerer, path: Path) -> None:
+        self.identity = answerer.identity
+        self.choose, self.probability = answerer.choose, answerer.probability
+        self._answerer, self._path = answerer, path
+        self._known = dict(read_whole_lines(path, _kept))
+
+    def answer(
+        self, conversations, settings, *, seeds, not_first=None, keep=None, log=SILENT, what="sampling"
+    ) -> list[Completion]:
+        """See `Answerer.answer`."""
+        keys = [
+            answer_key(self.identity, conversation, identity(settings), seed, not_first)
+            for conversation, seed in zip(conversations, seeds, strict=True)
+        ]
+        missing = [i for i, key in enumerate(keys) if key not in self._known]
+        if len(missing) < len(keys):
+            log.say(f"{what}: {len(keys) - len(missing)} of {len(keys)} were already there")
+        with self._path.open("a", encoding="utf-8") as file:
+
+            def write(j: int, answer: Completion) -> None:
+                key = keys[missing[j]]
+                self._known[key] = answer
+                line = {"key": key, "text": answer.text, "tokens": answer.tokens, "ended": answer.ended, "ids": answer.ids}
+                file.write(json.dumps(line) + "\n")
+                file.flush()  # what the operating system has outlives this process
+                if keep is not None:
+                    keep(missing[j], answer)
+
+            asked, their_seeds = [conversations[i] for i in missing], [seeds[i] for i in missing]
+            if asked:
+                self._answerer.answer(asked, settings, seeds=their_seeds, not_first=not_first, keep=write, log=log, what=what)
+        return [self._known[key] for key in keys]
+
+
+def answer_key(*parts: Any) -> str:
+    """sha256 (hex) of everything an answer depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_whole_lines(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+    """What `parse` makes of the JSON objects in a file of lines, in order; none if there is no file.
+
+    A line that a kill cut short (no JSON, or `parse` raises ValueError or KeyError) is dropped from the file too: the next
+    line appended must not continue it.
+    """
+    if not path.exists():
+        return []
+    lines, values = [], []
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
+        try:
+            values.append(parse(dict(json.loads(line))))
+        except (ValueError, KeyError, TypeError):
+            continue
+        lines.append(line + "\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(path)  # whole or not at all: a kill here must not lose what earlier runs kept
+    return values
+
+
+def _kept(line: dict[str, Any]) -> tuple[str, Completion]:
+    return line["key"], Completion(line["text"], line["tokens"], line["ended"], tuple(line["ids"]))
+
+
+def _normalised(log_probs: Sequence[float]) -> list[float]:
+    top = max(log_probs)
+    weights = [math.exp(lp - top) for lp in log_probs]
+    return [w / sum(weights) for w in weights]

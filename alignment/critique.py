@@ -7,18 +7,18 @@ Deviations: the revision is asked for in the critic's own conversation, so it se
 paying for a second copy of the prompt; where the critic finds nothing, the answer stands and no revision is asked for.
 Whether it finds nothing is read from the probability of those words, not from the likeliest text: a small critic that
 was taught "No violations found" in a third of the cases would otherwise say so always, since every real critique opens
-differently. Several revisions may be sampled; a reward model trained on human pairs alone picks the best, and says whether
-it is better than the initial answer (rejection sampling, as in arXiv 2112.09332; the evaluator takes no part in it).
+differently. A critic that tells no probabilities (an endpoint) finds nothing where its critique says so. Several revisions
+may be sampled; a judge, usually a reward model trained on human pairs alone, picks the best, and says whether it is better
+than the initial answer (rejection sampling, as in arXiv 2112.09332; the evaluator takes no part in it).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from alignment.constitutions import Constitution, Principle
+from alignment.constitutions import Constitution, Principle, finds_nothing
+from alignment.critic import Answerer, AnswererSettings, KeptAnswers, read_whole_lines
 from alignment.fingerprint import layout
-from alignment.generation import Completion, SamplingSettings, generate
-from alignment.likelihood import answer_log_probs
+from alignment.generation import Completion, SamplingSettings
 from alignment.models import Config, LoadSettings
 from alignment.pair_filters import FilterSettings, reject_reason
 from alignment.progress import SILENT, Log, Progress
@@ -43,10 +43,14 @@ if TYPE_CHECKING:
 
 CODE_VERSION = "1"
 
+Judge = Callable[[Sequence[tuple[str, str]]], list[float]]  # the reward of each (prompt, answer)
+
 
 class CritiqueConfig(Config):
     """Settings of critique-and-revise."""
 
+    sampler: AnswererSettings = Field(AnswererSettings(), description="Who gives the initial answers")
+    critic: AnswererSettings = Field(AnswererSettings(), description="Who criticises and revises them")
     rounds: int = Field(2, ge=1, description="Critique-and-revise rounds per prompt, each with a principle of its own")
     max_prompts: int = Field(0, ge=0, description="Use only this many of the constitution's training prompts; 0: all")
     prompt_tags: list[str] = Field(
@@ -67,7 +71,8 @@ class CritiqueConfig(Config):
         0.5,
         gt=0,
         le=1,
-        description="The critic finds nothing when the probability that it says so is at least this; 1: always revise",
+        description="A local critic finds nothing when the probability that it says so is at least this; 1: always "
+        "revise. An endpoint's finds nothing when its critique says so",
     )
     candidates: int = Field(
         1, ge=1, description="Revisions sampled per critique; of those the filters let through, the judge picks the best"
@@ -92,7 +97,7 @@ class Revised(Record):
     """A prompt's way through the loop: as in the document, `initial`, `revisions` and `final`.
 
     `truncated`: the initial answer or a revision hit the token limit. `reward_*`: the judge's score of the initial and of
-    the final answer.
+    the final answer, None without a judge.
     """
 
     id: str
@@ -102,35 +107,40 @@ class Revised(Record):
     revisions: tuple[Round, ...]
     final: str
     truncated: bool
-    reward_initial: float
-    reward_final: float
+    reward_initial: float | None = None
+    reward_final: float | None = None
 
 
 def critique_and_revise(
-    model: PreTrainedModel,
-    judge: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: Answerer,
+    critic: Answerer,
     prompts: Sequence[Prompt],
     constitution: Constitution,
     config: CritiqueConfig,
     *,
+    judge: Judge | None = None,
     work: Path,
     log: Log = SILENT,
 ) -> list[Revised]:
-    """Take every prompt through the loop; `judge` is a reward model over the same tokenizer.
+    """Take every prompt through the loop. Without a judge the first candidate is taken that the filters let through.
 
-    Finished prompts are appended to `work/rounds.jsonl` chunk by chunk, so a killed run loses at most one chunk; what that
-    file already holds is not generated again.
+    Every generation is in `work` as soon as it has ended (`sampler.jsonl`, `critic.jsonl`), and every prompt that is through
+    in `rounds.jsonl`; nothing that is there is generated again.
     """
     path = work / "rounds.jsonl"
-    done = {(r.id, r.prompt): r for r in _read_finished(path)}  # two files may give two prompts the same id
+    done = {
+        (r.id, r.prompt): r for r in read_whole_lines(path, Revised.model_validate)
+    }  # two files may give two prompts the same id
     todo = [p for p in prompts if (p.id, p.prompt) not in done]
     if done:
         log.say(f"critique and revise: {len(done)} of {len(prompts)} prompts were already done")
+    loop = _Loop(
+        KeptAnswers(sampler, work / "sampler.jsonl"), KeptAnswers(critic, work / "critic.jsonl"), judge, constitution, config, log
+    )
     progress = Progress(log, "critique and revise", len(todo))
     for start in range(0, len(todo), config.chunk):
         chunk = todo[start : start + config.chunk]
-        results = _revise_chunk(model, judge, tokenizer, chunk, constitution, config, log)
+        results = loop.revise(chunk)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(r.model_dump_json() + "\n" for r in results)
         done |= {(r.id, r.prompt): r for r in results}
@@ -139,13 +149,23 @@ def critique_and_revise(
     return [done[p.id, p.prompt] for p in prompts]
 
 
+def reward_judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Judge:
+    """A reward model as the judge of the loop."""
+
+    def rewards(answers: Sequence[tuple[str, str]]) -> list[float]:
+        told = [[{"role": "user", "content": p}, {"role": "assistant", "content": a or " "}] for p, a in answers]
+        return score(model, tokenizer, told, batch_size)
+
+    return rewards
+
+
 def preference_pairs(
     revised: Sequence[Revised], constitution: Constitution, filters: FilterSettings
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """Pairs (rejected = initial, chosen = final) worth training on, and how many were left out by reason."""
     pairs, reasons = [], Counter()
     for r in revised:
-        gain = r.reward_final - r.reward_initial
+        gain = None if r.reward_final is None or r.reward_initial is None else r.reward_final - r.reward_initial
         reason = reject_reason(r.prompt, r.initial, r.final, r.truncated, gain, filters, r.tags)
         if reason is None:
             pairs.append(
@@ -169,14 +189,30 @@ def draw_principles(constitution: Constitution, rounds: int, prompt_id: str, see
     return rng.sample(constitution.principles, min(rounds, len(constitution.principles)))
 
 
-def critique_request(prompt: str, response: str, principle: str) -> str:
-    """What the critic is asked, in the words of the user's document."""
-    return _template("critique").render(prompt=prompt, response=response, principle=principle)
+def critique_request(prompt: str, response: str, principle: str, request: str | None = None) -> str:
+    """What the critic is asked, in the words of the user's document or those of the principle's own `request`."""
+    return _template("critique").render(prompt=prompt, response=response, principle=principle, request=request)
 
 
-def revision_request() -> str:
+def revision_request(request: str | None = None) -> str:
     """What the critic is asked after its critique, in the same conversation."""
-    return _template("revision").render()
+    return _template("revision").render(request=request)
+
+
+def worked_examples(constitution: Constitution, principle: Principle) -> list[dict[str, str]]:
+    """The constitution's examples for a principle as earlier turns of the critic's conversation; asked as it is asked itself."""
+    turns = []
+    for example in constitution.examples:
+        if example.principle not in (None, principle.id):
+            continue
+        asked = critique_request(example.prompt, example.response, principle.text, principle.critique_request)
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": example.critique}]
+        if example.revision is not None:
+            turns += [
+                {"role": "user", "content": revision_request(principle.revision_request)},
+                {"role": "assistant", "content": example.revision},
+            ]
+    return turns
 
 
 def critique_conversation(demonstration: CritiqueDemonstration) -> Conversation:
@@ -194,117 +230,127 @@ def critique_conversation(demonstration: CritiqueDemonstration) -> Conversation:
     return Conversation(id=d.id, messages=tuple(turns), category="critique")
 
 
-def _revise_chunk(model, judge, tokenizer, prompts, constitution, config, log) -> list[Revised]:
-    def seeds(rows: Sequence[int], what: str) -> list[int]:
-        return [_seed(config.seed, prompts[i].id, what) for i in rows]
+class _Loop:
+    def __init__(
+        self,
+        sampler: Answerer,
+        critic: Answerer,
+        judge: Judge | None,
+        constitution: Constitution,
+        config: CritiqueConfig,
+        log: Log,
+    ) -> None:
+        self._sampler, self._critic, self._judge = sampler, critic, judge
+        self._constitution, self._config, self._log = constitution, config, log
 
-    def asked(i: int, k: int) -> list[dict[str, str]]:
-        return [{"role": "user", "content": critique_request(prompts[i].prompt, current[i], principles[i][k].text)}]
+    def revise(self, prompts: Sequence[Prompt]) -> list[Revised]:
+        config, everyone = self._config, range(len(prompts))
+        initial = self._sampler.answer(
+            [[{"role": "user", "content": p.prompt}] for p in prompts],
+            config.answer,
+            seeds=[self._seed(p, "answer") for p in prompts],
+            log=self._log,
+            what="initial answers",
+        )
+        principles = [draw_principles(self._constitution, config.rounds, p.id, config.seed) for p in prompts]
+        current = [c.text for c in initial]
+        truncated = [not c.ended for c in initial]
+        reward_initial = self._rewards(prompts, current)
+        reward_final = list(reward_initial)
+        rounds: list[list[Round]] = [[] for _ in prompts]
+        for k in range(len(principles[0])):
+            asked = [self._asked(p, current[i], principles[i][k]) for i, p in enumerate(prompts)]
+            said = self._critiques(prompts, asked, k)
+            faulty = [i for i in everyone if i in said and not finds_nothing(said[i])]
+            requests = [
+                [
+                    *asked[i],
+                    {"role": "assistant", "content": said[i] or "-"},
+                    {"role": "user", "content": revision_request(principles[i][k].revision_request)},
+                ]
+                for i in faulty
+            ]
+            best = self._best_revisions([prompts[i] for i in faulty], [current[i] for i in faulty], requests, k)
+            chosen = dict(zip(faulty, best, strict=True))
+            for i in everyone:
+                if i in chosen:
+                    reward_final[i], revision = chosen[i]
+                    current[i], truncated[i] = revision.text, truncated[i] or not revision.ended
+                rounds[i].append(
+                    Round(
+                        principle=principles[i][k].id,
+                        critique=said.get(i, f"{NO_VIOLATIONS}."),
+                        revision=current[i],
+                        revised=i in chosen,
+                    )
+                )
+        return [
+            Revised(
+                id=p.id,
+                prompt=p.prompt,
+                tags=p.tags,
+                initial=initial[i].text,
+                revisions=tuple(rounds[i]),
+                final=current[i],
+                truncated=truncated[i],
+                reward_initial=reward_initial[i],
+                reward_final=reward_final[i],
+            )
+            for i, p in enumerate(prompts)
+        ]
 
-    def rewards(rows: Sequence[int], answers: Sequence[str]) -> list[float]:
-        told = [[*questions[i], {"role": "assistant", "content": a or " "}] for i, a in zip(rows, answers, strict=True)]
-        return score(judge, tokenizer, told, config.score_batch_size)
+    def _asked(self, prompt: Prompt, answer: str, principle: Principle) -> list[dict[str, str]]:
+        asked = critique_request(prompt.prompt, answer, principle.text, principle.critique_request)
+        return [*worked_examples(self._constitution, principle), {"role": "user", "content": asked}]
 
-    everyone = range(len(prompts))
-    questions = [[{"role": "user", "content": p.prompt}] for p in prompts]
-    initial = generate(
-        model, tokenizer, questions, config.answer, seeds=seeds(everyone, "answer"), log=log, what="initial answers"
-    )
-    principles = [draw_principles(constitution, config.rounds, p.id, config.seed) for p in prompts]
-    current = [c.text for c in initial]
-    truncated = [not c.ended for c in initial]
-    reward_initial = rewards(everyone, current)
-    reward_final = list(reward_initial)
-    anything_better = config.filters.model_copy(update={"min_reward_gain": -math.inf})
-    rounds: list[list[Round]] = [[] for _ in prompts]
-    for k in range(len(principles[0])):
-        faulty = list(everyone)
+    def _critiques(self, prompts: Sequence[Prompt], asked: Sequence[list[dict[str, str]]], k: int) -> dict[int, str]:
+        # By the prompt's number; those of whom the critic says beforehand that it finds nothing are left out.
+        config, faulty = self._config, list(range(len(prompts)))
         if config.no_violation_threshold < 1:
-            approval = _approval(model, tokenizer, [asked(i, k) for i in everyone], config)
-            faulty = [i for i in everyone if approval[i] < config.no_violation_threshold]
-        requests = [asked(i, k) for i in faulty]
-        critiques = generate(
-            model,
-            tokenizer,
-            requests,
+            approval = self._critic.probability(asked, NO_VIOLATIONS)
+            if approval is not None:
+                faulty = [i for i in faulty if approval[i] < config.no_violation_threshold]
+        critiques = self._critic.answer(
+            [asked[i] for i in faulty],
             config.critique,
-            seeds=seeds(faulty, f"critique {k}"),
+            seeds=[self._seed(prompts[i], f"critique {k}") for i in faulty],
             not_first=NO_VIOLATIONS,
-            log=log,
+            log=self._log,
             what="critiques",
         )
-        requests = [
-            [*r, {"role": "assistant", "content": c.text or "-"}, {"role": "user", "content": revision_request()}]
-            for r, c in zip(requests, critiques, strict=True)
-        ]
-        sampled = [(i, r, j) for i, r in zip(faulty, requests, strict=True) for j in range(config.candidates)]
-        revisions = generate(
-            model,
-            tokenizer,
-            [r for _, r, _ in sampled],
+        return {i: c.text for i, c in zip(faulty, critiques, strict=True)}
+
+    def _best_revisions(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], requests: Sequence[list[dict[str, str]]], k: int
+    ) -> list[tuple[float | None, Completion]]:
+        # Of each prompt's candidates the one with the highest reward among those that the filters let through.
+        config = self._config
+        sampled = [(i, j) for i in range(len(prompts)) for j in range(config.candidates)]
+        revisions = self._critic.answer(
+            [requests[i] for i, _ in sampled],
             config.revision,
-            seeds=[_seed(config.seed, prompts[i].id, f"revision {k} {j}") for i, _, j in sampled],
-            log=log,
+            seeds=[self._seed(prompts[i], f"revision {k} {j}") for i, j in sampled],
+            log=self._log,
             what="revisions",
         )
-        scores = rewards([i for i, _, _ in sampled], [r.text for r in revisions])
-        best: dict[int, tuple[bool, float, Completion]] = {}
-        for (i, _, _), revision, reward in zip(sampled, revisions, scores, strict=True):
-            reason = reject_reason(
-                prompts[i].prompt, current[i], revision.text, not revision.ended, reward, anything_better, prompts[i].tags
-            )
-            if i not in best or (reason is None, reward) > best[i][:2]:
+        rewards = self._rewards([prompts[i] for i, _ in sampled], [r.text for r in revisions])
+        anything_better = config.filters.model_copy(update={"min_reward_gain": -math.inf})
+        best: dict[int, tuple[bool, float | None, Completion]] = {}
+        for (i, _), revision, reward in zip(sampled, revisions, rewards, strict=True):
+            p = prompts[i]
+            reason = reject_reason(p.prompt, answers[i], revision.text, not revision.ended, reward, anything_better, p.tags)
+            if i not in best or (reason is None, reward or 0.0) > (best[i][0], best[i][1] or 0.0):
                 best[i] = (reason is None, reward, revision)
-        said = {i: c.text for i, c in zip(faulty, critiques, strict=True)}
-        for i in everyone:
-            if i in best:
-                _, reward_final[i], revision = best[i]
-                current[i], truncated[i] = revision.text, truncated[i] or not revision.ended
-            rounds[i].append(
-                Round(
-                    principle=principles[i][k].id,
-                    critique=said.get(i, f"{NO_VIOLATIONS}."),
-                    revision=current[i],
-                    revised=i in best,
-                )
-            )
-    return [
-        Revised(
-            id=p.id,
-            prompt=p.prompt,
-            tags=p.tags,
-            initial=initial[i].text,
-            revisions=tuple(rounds[i]),
-            final=current[i],
-            truncated=truncated[i],
-            reward_initial=reward_initial[i],
-            reward_final=reward_final[i],
-        )
-        for i, p in enumerate(prompts)
-    ]
+        return [best[i][1:] for i in range(len(prompts))]
 
+    def _rewards(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        if self._judge is None or not prompts:
+            return [None] * len(prompts)
+        return list(self._judge([(p.prompt, a) for p, a in zip(prompts, answers, strict=True)]))
 
-def _approval(model, tokenizer, requests, config) -> list[float]:
-    said = [NO_VIOLATIONS] * len(requests)
-    return [math.exp(lp) for lp in answer_log_probs(model, tokenizer, requests, said, config.critique.batch_size)]
-
-
-def _read_finished(path: Path) -> list[Revised]:
-    if not path.exists():
-        return []
-    finished = []
-    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
-        try:
-            finished.append(Revised(**json.loads(line)))
-        except ValueError:  # the line that a kill cut short; its prompt is simply done again
-            continue
-    path.write_text("".join(r.model_dump_json() + "\n" for r in finished), encoding="utf-8")
-    return finished
-
-
-def _seed(seed: int, *names: str) -> int:
-    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    def _seed(self, prompt: Prompt, what: str) -> int:
+        digest = hashlib.sha256("\0".join([str(self._config.seed), prompt.id, what]).encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
 
 
 @cache

@@ -8,7 +8,7 @@ cumulative distribution, one uniform number a token: noise for every token of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,6 +58,7 @@ def generate(
     *,
     seeds: Sequence[int] | None = None,
     not_first: str | None = None,
+    keep: Callable[[int, Completion], None] | None = None,
     log: Log = SILENT,
     what: str = "sampling",
 ) -> list[Completion]:
@@ -66,10 +67,12 @@ def generate(
     Args:
         seeds: one per conversation, needed when temperature > 0.
         not_first: no answer starts with the first token of this text.
+        keep: called with a conversation's number and its answer as soon as that has ended, while others go on.
     """
     barred = tokenizer(not_first, add_special_tokens=False)["input_ids"][:1] if not_first else None
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
-    answers = sample_ids(model, tokenizer, prompts, settings, seeds=seeds, barred=barred, log=log, what=what)
+    ended = None if keep is None else lambda i, ids: keep(i, completion(tokenizer, ids))
+    answers = sample_ids(model, tokenizer, prompts, settings, seeds=seeds, barred=barred, ended=ended, log=log, what=what)
     return [completion(tokenizer, ids) for ids in answers]
 
 
@@ -81,6 +84,7 @@ def sample_ids(
     *,
     seeds: Sequence[int] | None = None,
     barred: Sequence[int] | None = None,
+    ended: Callable[[int, list[int]], None] | None = None,
     log: Log = SILENT,
     what: str = "sampling",
 ) -> list[list[int]]:
@@ -88,6 +92,7 @@ def sample_ids(
 
     Args:
         barred: no answer starts with one of these ids.
+        ended: called with a prompt's number and its new ids as soon as its answer has ended, once for each.
     """
     import torch
 
@@ -108,9 +113,16 @@ def sample_ids(
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in rows])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
         row_seeds = [seeds[i] for i in rows] if seeds else None
-        out = _generate_batch(model, tokenizer, ids, mask, settings, row_seeds, barred)
-        for i, row in zip(rows, out.tolist(), strict=True):
-            done[i] = row[: row.index(eos) + 1] if eos in row else row
+
+        def finish(row: int, new: list[int], rows: list[int] = rows) -> None:
+            if rows[row] not in done:
+                done[rows[row]] = new
+                if ended is not None:
+                    ended(rows[row], new)
+
+        out = _generate_batch(model, tokenizer, ids, mask, settings, row_seeds, barred, finish)
+        for j, row in enumerate(out.tolist()):
+            finish(j, row[: row.index(eos) + 1] if eos in row else row)
         progress.advance(len(rows))
     return [done[i] for i in range(len(prompts))]
 
@@ -130,8 +142,9 @@ def _generate_batch(
     settings: SamplingSettings,
     seeds: Sequence[int] | None,
     barred: Sequence[int] | None,
+    finish: Callable[[int, list[int]], None],
 ) -> torch.Tensor:
-    """New token ids, (B, max_new_tokens), right-padded.
+    """New token ids, (B, max_new_tokens), right-padded. `finish(row, ids)` is called for a row when it reaches EOS.
 
     Whenever a quarter of the answers at work have ended, the others go on without them: most answers are much shorter than
     the longest, and an ended row would cost as much as a living one.
@@ -161,7 +174,7 @@ def _generate_batch(
                 repetition_penalty=settings.repetition_penalty,
                 begin_suppress_tokens=list(barred) if barred and ids.shape[1] == width else None,
                 logits_processor=LogitsProcessorList([] if noise is None else [_seeded_choice(settings, noise[rows], width)]),
-                stopping_criteria=StoppingCriteriaList([] if cache is None else [_enough_ended(width, eos, len(rows))]),
+                stopping_criteria=StoppingCriteriaList([_ended_rows(width, eos, rows.tolist(), finish, stop=cache is not None)]),
                 past_key_values=cache,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=eos,
@@ -243,16 +256,19 @@ def growing_cache(model: PreTrainedModel, capacity: int):
     return cache
 
 
-def _enough_ended(prompt_width: int, eos: int, rows: int):
+def _ended_rows(prompt_width: int, eos: int, rows: list[int], finish: Callable[[int, list[int]], None], *, stop: bool):
+    # Reports each row as it ends and, with `stop`, stops all when a quarter have ended.
     import torch
     from transformers import StoppingCriteria
 
-    class EnoughEnded(StoppingCriteria):
+    class EndedRows(StoppingCriteria):
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+            for j in (input_ids[:, -1] == eos).nonzero().squeeze(-1).tolist():
+                finish(rows[j], input_ids[j, prompt_width:].tolist())
             ended = (input_ids[:, prompt_width:] == eos).any(dim=1).sum().item()
-            return torch.full((rows,), 4 * ended >= rows, device=input_ids.device)
+            return torch.full((len(rows),), stop and 4 * ended >= len(rows), device=input_ids.device)
 
-    return EnoughEnded()
+    return EndedRows()
 
 
 def _noise(settings: SamplingSettings, seeds: Sequence[int]) -> torch.Tensor:

@@ -30,7 +30,7 @@ class SftDataset(Handle):
 
 class PreferenceDataset(Handle):
     """Preference pairs. Human ones in `reward_train.jsonl`, `evaluator_train.jsonl`, `heldout.jsonl`; constitutional
-    ones in `pairs.jsonl` with every round in `rounds.jsonl`."""
+    ones in `pairs.jsonl` with every round in `rounds.jsonl`; those of AI feedback in `comparisons.jsonl`, with soft labels."""
 
     kind: Literal["preference_dataset"] = "preference_dataset"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from alignment.chat import IGNORE, prompt_ids
+from alignment.chat import IGNORE, prompt_ids, text_ids
 from alignment.context_length import check_length
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def answer_log_probs(
     rows = []
     for i, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
         before = prompt_ids(tokenizer, conversation)
-        tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        tokens = text_ids(tokenizer, answer)
         tokens += [tokenizer.eos_token_id] if ended is not None and ended[i] else []
         rows.append((before + tokens, [IGNORE] * len(before) + tokens))
     return label_log_probs(model, tokenizer, rows, batch_size)

@@ -2,11 +2,14 @@
 
 The reasons are the known failures of critique-and-revise with small models: nothing was revised, the revision echoes
 the answer or the prompt, opens with "Sure, here is...", stops in mid-sentence, repeats itself, talks about the critique,
-or declines what there is no reason to decline. An initial answer that already declined a harmful request leaves nothing to
-revise: of 40 pairs read by hand, 6 were such, and 4 of these revisions were no better.
+slips into another language (told by its script), or declines what there is no reason to decline. An initial answer that
+already declined a harmful request leaves nothing to revise: of 40 pairs read by hand, 6 were such, and 4 of these revisions
+were no better.
 """
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Collection
 from difflib import SequenceMatcher
 from typing import Literal
@@ -28,6 +31,7 @@ Reason = Literal[
     "boilerplate",
     "meta",
     "repetitive",
+    "off_language",
     "too_short",
     "over_refusal",
     "complies",
@@ -49,6 +53,13 @@ class FilterSettings(Config):
     max_repetition: float = Field(
         0.2, ge=0, le=1, description="Share of three-word sequences that may be repeats of earlier ones"
     )
+    min_same_script: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the revision's letters that must be of the script (Latin, Cyrillic, ...) that most of the "
+        "prompt is written in; 0: any",
+    )
     keep_truncated: bool = Field(False, description="Keep pairs with an answer that was cut at its token limit")
     keep_already_declined: bool = Field(
         False, description="Keep pairs whose initial answer already declined a prompt tagged harmful-intent"
@@ -59,6 +70,11 @@ class FilterSettings(Config):
         "without a clear no mostly comply",
     )
     min_reward_gain: float = Field(0.0, description="The judge must score the revision higher by at least this")
+    judge_pairs: bool = Field(
+        False,
+        description="Keep a pair only if the critic, asked which answer is better under the last principle, chooses the revision "
+        "in both orders",
+    )
     min_share_kept: float = Field(
         0.25, ge=0, le=1, **layout("The asset's check fails when a smaller share of the prompts ends in a pair")
     )
@@ -69,14 +85,14 @@ def reject_reason(
     initial: str,
     final: str,
     truncated: bool,
-    reward_gain: float,
+    reward_gain: float | None,
     settings: FilterSettings,
     tags: Collection[str] = (),
 ) -> Reason | None:
     """Why (prompt, initial -> final) is not worth training on, or None if it is.
 
     Args:
-        reward_gain: the judge's score of `final` minus that of `initial`.
+        reward_gain: the judge's score of `final` minus that of `initial`; None without a judge, and no gain is asked for.
         tags: of the prompt; a revision that declines a prompt tagged as harmless is an over-refusal, and an initial answer
             that declines one tagged as harmful needs no revision.
     """
@@ -101,11 +117,13 @@ def reject_reason(
         return "meta"
     if _repetition(after) > settings.max_repetition:
         return "repetitive"
+    if _same_script(prompt, final) < settings.min_same_script:
+        return "off_language"
     if HARMLESS & set(tags) and is_refusal(final):
         return "over_refusal"
     if HARMFUL in tags and settings.must_decline_harmful and not is_refusal(final):
         return "complies"
-    if reward_gain < settings.min_reward_gain:
+    if reward_gain is not None and reward_gain < settings.min_reward_gain:
         return "not_better"
     return None
 
@@ -130,3 +148,21 @@ def _similarity(a: list[str], b: list[str]) -> float:
 def _repetition(words: list[str]) -> float:
     grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _same_script(prompt: str, answer: str) -> float:
+    # 1 where either has no letters: figures and code say nothing about the language.
+    wanted, found = _scripts(prompt), _scripts(answer)
+    if not wanted or not found:
+        return 1.0
+    (script, _), *_ = wanted.most_common(1)
+    return found[script] / found.total()
+
+
+def _scripts(text: str) -> Counter[str]:
+    # A character's name begins with its script; NFKC first, since FULLWIDTH and MATHEMATICAL letters are Latin ones.
+    names = (unicodedata.name(c, "").split() for c in unicodedata.normalize("NFKC", text) if c.isalpha())
+    return Counter(_JAPANESE.get(name[0], name[0]) for name in names if name)
+
+
+_JAPANESE = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK"}  # one text mixes all of them

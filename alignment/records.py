@@ -6,7 +6,7 @@ sends each to train or held-out by its prompt, and trainers take records only.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Role = Literal["system", "user", "assistant"]
@@ -87,6 +87,13 @@ class PreferencePair(Record):
     def prompt_messages(self) -> list[dict[str, str]]:
         """The conversation up to and including the last user turn, as chat-template messages."""
         return [m.model_dump() for m in self.history] + [{"role": "user", "content": self.prompt}]
+
+
+class WeightedPair(PreferencePair):
+    """A pair as a loss counts it: `label` is the probability that `chosen` is better, `weight` multiplies the pair's loss."""
+
+    label: float = Field(1.0, ge=0, le=1)
+    weight: float = Field(1.0, gt=0)
 
 
 class CritiqueDemonstration(Record):

@@ -5,6 +5,11 @@ depends on the pair; here it is one constant) and optional centering (arXiv 2312
 
     loss = -log sigmoid(r_chosen - r_rejected - m) + c * (r_chosen + r_rejected)^2
 
+Pairs may carry a weight w and a soft label p, the probability that `chosen` is better (AI feedback, arXiv 2212.08073, section
+4.1). With d = r_chosen - r_rejected their loss is the cross-entropy, and p = 1, w = 1 is the loss above:
+
+    loss = w * (-p log sigmoid(d) - (1 - p) log sigmoid(-d)) + c * (r_chosen + r_rejected)^2
+
 TRL's RewardTrainer does the work on rows tokenised by `alignment.chat`. The score head is saved with the adapter, and a
 freshly loaded model is compared with the trained one before anything is published: a reward head lost on save would
 otherwise go unnoticed. `calibration.json` beside the weights maps rewards to helpfulness from 1 to 10
@@ -15,7 +20,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,17 +43,19 @@ from alignment.models import (
     save_model,
 )
 from alignment.progress import SILENT, Log, Progress
-from alignment.records import PreferencePair
+from alignment.records import PreferencePair, WeightedPair
 from alignment.sft import NothingToTrain
 from alignment.statistics import Interval, paired_bootstrap, wilson
 from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CODE_VERSION = "2"
 # Largest change of a score by saving and loading, over 1 + the largest score: far above rounding, far below another head.
 RELOAD_TOLERANCE = 0.02
+SOFT = ("label", "weight")  # columns of the training rows where any pair has a soft label or a weight
 
 
 class RewardConfig(Config):
@@ -73,6 +80,20 @@ class RewardConfig(Config):
         1.0, ge=0, le=1, description="Share of the constitutional pairs that join the human ones (reward_model only)"
     )
     score_batch_size: int = Field(32, ge=1, **layout("Conversations scored at once after training"))
+
+
+class RewardMixConfig(RewardConfig):
+    """Settings of `reward_model`, which learns from people, critique-and-revise and AI feedback at once.
+
+    A weight multiplies the loss of each pair of its kind; at 0 the kind takes no part.
+    """
+
+    human_weight: float = Field(1.0, ge=0, description="Weight of a human pair in the loss")
+    constitutional_weight: float = Field(1.0, ge=0, description="Weight of a constitutional pair in the loss")
+    ai_feedback_weight: float = Field(
+        0.0, ge=0, description="Weight of an AI comparison (soft label) in the loss; 0: ai_feedback takes no part"
+    )
+    ai_feedback_share: float = Field(1.0, ge=0, le=1, description="Share of the AI comparisons that join the other pairs")
 
 
 class HeadLost(RuntimeError):
@@ -101,7 +122,8 @@ def train_reward_model(
 
     speed_up()
     tokenizer = load_tokenizer(base.base, config.load.trust_remote_code)
-    rows = [row for pair in train if (row := _tokenise(tokenizer, pair, config.max_length)) is not None]
+    fitting = [(pair, row) for pair in train if (row := _tokenise(tokenizer, pair, config.max_length)) is not None]
+    rows = [row for _, row in fitting]
     if not rows:
         raise NothingToTrain(
             f"none of {len(train)} training pairs fits max_length {config.max_length} tokens. "
@@ -116,19 +138,32 @@ def train_reward_model(
     limit = position_limit(model)
     readable = [pair for pair in heldout if _tokenise(tokenizer, pair, limit) is not None]
     lengths = [max(map(len, row.values())) for row in rows]
-    margin = {"margin": config.margin} if config.margin else {}
+    columns = _loss_columns([pair for pair, _ in fitting], config.margin)
 
     class LengthGroupedRewardTrainer(RewardTrainer):
         def _get_train_sampler(self, train_dataset=None):
             return length_grouped(lengths, config.optim.batch_size, config.optim.seed)
 
+        def _set_signature_columns_if_needed(self):
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *SOFT]))
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels, weights = (inputs.pop(name, None) for name in SOFT)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if labels is not None:
+                chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+                loss = pairwise_loss(chosen, rejected, labels, weights, config.margin, config.center_rewards_coefficient)
+            return (loss, outputs) if return_outputs else loss
+
     trainer = LengthGroupedRewardTrainer(
         model=model,
         args=TrlConfig(**arguments, center_rewards_coefficient=config.center_rewards_coefficient or None),
-        train_dataset=Dataset.from_list([row | margin for row in rows]),
+        train_dataset=Dataset.from_list([row | column for row, column in zip(rows, columns, strict=True)]),
         peft_config=lora_config(config.lora, model, "SEQ_CLS") if config.finetuning == "lora" else None,
         processing_class=tokenizer,
     )
+    trainer.data_collator = _with_loss_columns(trainer.data_collator)
     trained = run_trainer(trainer, work, log, "reward model")
     # accelerate wraps the model's forward in autocast for training; later stages score without it, so it comes off here.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -143,6 +178,7 @@ def train_reward_model(
         "train/accuracy_last": trained.last("accuracy"),
         "train/pairs": len(rows),
         "train/pairs_dropped_too_long": len(train) - len(rows),
+        "train/pairs_soft": sum(isinstance(pair, WeightedPair) and pair.label < 1 for pair, _ in fitting),
         "reload/score_gap": gap,
         "calibration/location": calibration.location,
         "calibration/scale": calibration.scale,
@@ -165,6 +201,30 @@ def train_reward_model(
         for p, c, r, hc, hr in zip(readable, chosen, rejected, *rated, strict=True)
     ]
     return trained, {k: v for k, v in metrics.items() if math.isfinite(v)}, table
+
+
+def pairwise_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    margin: float = 0.0,
+    centering: float = 0.0,
+) -> torch.Tensor:
+    """The mean loss of pairs with soft labels: a scalar.
+
+    Args:
+        chosen, rejected: (B,) rewards.
+        labels: (B,) probabilities that `chosen` is better.
+        weights: (B,) each pair's weight. They are not normalised, so that the size of a micro-batch changes nothing.
+        margin: taken off the difference of rewards where the label is 1; a pair that may be the other way round has none.
+        centering: weight of the mean squared sum of both rewards, which pairs share alike.
+    """
+    from torch.nn.functional import logsigmoid
+
+    difference = chosen - rejected - margin * (labels == 1)
+    loss = (-weights * (labels * logsigmoid(difference) + (1 - labels) * logsigmoid(-difference))).mean()
+    return loss + centering * ((chosen + rejected) ** 2).mean() if centering else loss
 
 
 def score(
@@ -241,14 +301,31 @@ def accuracy_metrics(pairs: Sequence[PreferencePair], chosen: Sequence[float], r
 
 
 def reward_training_pairs(
-    human: Sequence[PreferencePair], constitutional: Sequence[PreferencePair], config: RewardConfig
+    human: Sequence[PreferencePair],
+    constitutional: Sequence[PreferencePair],
+    config: RewardMixConfig,
+    feedback: Sequence[WeightedPair] = (),
 ) -> list[PreferencePair]:
-    """Human pairs and the configured share of the constitutional ones, in a seeded order."""
+    """Human pairs, and the configured shares of the constitutional ones and of AI feedback, in a seeded order.
+
+    Where every weight is 1 and AI feedback takes no part, pairs come back as they are; else with their weight.
+    """
     rng = random.Random(config.optim.seed)
     chosen = rng.sample(list(constitutional), round(len(constitutional) * config.constitutional_share))
-    pairs = [*human, *chosen]
+    compared = rng.sample(list(feedback), round(len(feedback) * config.ai_feedback_share)) if config.ai_feedback_weight else []
+    pairs = [
+        *_weighted(human, config.human_weight),
+        *_weighted(chosen, config.constitutional_weight),
+        *_weighted(compared, config.ai_feedback_weight),
+    ]
     rng.shuffle(pairs)
     return pairs
+
+
+def _weighted(pairs: Sequence[PreferencePair], weight: float) -> list[PreferencePair]:
+    if weight == 1:
+        return list(pairs)
+    return [WeightedPair(**{**p.model_dump(), "weight": weight}) for p in pairs] if weight else []
 
 
 def _win(a: float, b: float) -> float:
@@ -261,6 +338,22 @@ def _tokenise(tokenizer, pair: PreferencePair, max_length: float) -> dict[str, l
         for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
     }
     return row if max(map(len, row.values())) <= max_length else None
+
+
+def _loss_columns(pairs: Sequence[PreferencePair], margin: float) -> list[dict[str, float]]:
+    # Without soft labels and weights the loss is TRL's own, margin included.
+    if any(isinstance(p, WeightedPair) for p in pairs):
+        return [{name: getattr(p, name, 1.0) for name in SOFT} for p in pairs]
+    return [{"margin": margin} if margin else {} for _ in pairs]
+
+
+def _with_loss_columns(collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
+    import torch
+
+    def collate_all(rows: list[Mapping]) -> dict:
+        return collate(rows) | {name: torch.tensor([row[name] for row in rows]) for name in SOFT if name in rows[0]}
+
+    return collate_all
 
 
 def _calibrate(config, model, tokenizer, train, chosen, rejected, log) -> Calibration:

@@ -1,12 +1,14 @@
-"""`constitutional_preference_pairs[c]`: the SFT checkpoint criticises and revises its own answers."""
+"""`constitutional_preference_pairs[c]`: the SFT checkpoint, or whoever the recipe names, criticises and revises its answers."""
 
 import dagster as dg
 
-from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs
+from alignment.ai_feedback import keep_preferred
+from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs, reward_judge
 from alignment.datasets import write_jsonl
 from alignment.errors import UserError
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet, RewardModel
 from alignment.readers import read_prompts
+from assets.answerers import answerers
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
@@ -41,7 +43,7 @@ def constitutional_preference_pairs(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            from alignment.models import load_causal_lm, load_reward_model, load_tokenizer
+            from alignment.models import load_reward_model, load_tokenizer
 
             asked = [
                 p
@@ -53,19 +55,26 @@ def constitutional_preference_pairs(
                     f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {list(rules.prompt_tags)}. "
                     "Remedy: add prompts with such a tag, or correct prompt_tags."
                 )
-            files = store.model_files(sft_checkpoint)
-            tokenizer = load_tokenizer(files.base)
+            roles = {"sampler": settings.sampler, "critic": settings.critic}
+            who = answerers(roles, sft_checkpoint, store, settings.load, work.folder)
+            tokenizer = load_tokenizer(store.model_files(sft_checkpoint).base)
+            reward_model = load_reward_model(store.model_files(human_reward_model), settings.load, tokenizer=tokenizer)
             revised = critique_and_revise(
-                load_causal_lm(files, settings.load),
-                load_reward_model(store.model_files(human_reward_model), settings.load, tokenizer=tokenizer),
-                tokenizer,
+                who["sampler"],
+                who["critic"],
                 asked,
                 rules,
                 settings,
+                judge=reward_judge(reward_model, tokenizer, settings.score_batch_size),
                 work=work.folder,
                 log=log,
             )
             pairs, reasons = preference_pairs(revised, rules, settings.filters)
+            if settings.filters.judge_pairs:
+                texts = {p.id: p.text for p in rules.principles}
+                principles = {(r.id, r.prompt): texts[r.revisions[-1].principle] for r in revised}
+                pairs, judged = keep_preferred(who["critic"], pairs, principles)
+                reasons += judged
             write_jsonl(work.out / "rounds.jsonl", revised)
             write_jsonl(work.out / "pairs.jsonl", pairs)
             kept = {(p.id, p.prompt) for p in pairs}

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import dagster as dg
 
+from alignment.ai_feedback import read_comparisons
 from alignment.constitutions import Constitution
 from alignment.handles import Checkpoint, PreferenceDataset, RewardModel
 from alignment.readers import read_preferences
 from alignment.records import PreferencePair
-from alignment.reward import CODE_VERSION, RewardConfig, reward_training_pairs, train_reward_model
+from alignment.reward import CODE_VERSION, RewardConfig, RewardMixConfig, reward_training_pairs, train_reward_model
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
@@ -19,7 +20,7 @@ from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
 from resources.tracking import MlflowTracking
 
-RewardLaunchConfig = launch_config("reward_model", recipe_config("reward_model", RewardConfig))
+RewardLaunchConfig = launch_config("reward_model", recipe_config("reward_model", RewardMixConfig))
 HumanLaunchConfig = launch_config("human_reward_model", recipe_config("human_reward_model", RewardConfig))
 EvaluatorLaunchConfig = launch_config("evaluator", recipe_config("evaluator", RewardConfig))
 
@@ -51,23 +52,31 @@ def reward_model(
     base_model: Checkpoint,
     human_preferences: PreferenceDataset,
     constitutional_preference_pairs: PreferenceDataset,
+    ai_feedback: PreferenceDataset,
     store: ArtifactStore,
     tracking: MlflowTracking,
     dvc: DvcData,
 ):
-    """A scalar scorer of (prompt, answer), trained on human and constitutional pairs."""
+    """A scalar scorer of (prompt, answer), trained on human and constitutional pairs and, if the recipe gives it a weight, on
+    AI feedback with soft labels."""
 
-    def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
+    def pairs(settings: RewardMixConfig, rules: Constitution) -> Sequence[PreferencePair]:
         human = read_preferences(store.path(human_preferences) / "reward_train.jsonl")
         constitutional = read_preferences(store.path(constitutional_preference_pairs) / "pairs.jsonl")
-        return reward_training_pairs(_of(rules, human), constitutional, settings)
+        feedback = []
+        if settings.ai_feedback_weight:
+            compared = read_comparisons(store.path(ai_feedback) / "comparisons.jsonl")
+            feedback = [comparison.pair(rules.name) for comparison in compared]
+        return reward_training_pairs(pairs_of(rules, human), constitutional, settings, feedback)
 
     inputs = {
         "base_model": base_model,
         "human_preferences": human_preferences,
         "constitutional_preference_pairs": constitutional_preference_pairs,
     }
-    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
+    if config.ai_feedback_weight:  # what takes no part decides nothing, and is no reason to train anew
+        inputs["ai_feedback"] = ai_feedback
+    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc), RewardMixConfig)
 
 
 @dg.asset(partitions_def=PARTITIONS, check_specs=alarm_specs("evaluator"), **dressed("reward", {"trl", "peft"}, gpu=True))
@@ -83,13 +92,14 @@ def evaluator(
     """A second scorer that no policy is trained with: other seed, human pairs that the reward model never saw."""
 
     def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
-        return _of(rules, read_preferences(store.path(human_preferences) / "evaluator_train.jsonl"))
+        return pairs_of(rules, read_preferences(store.path(human_preferences) / "evaluator_train.jsonl"))
 
     inputs = {"base_model": base_model, "human_preferences": human_preferences}
     return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
 
 
-def _of(rules: Constitution | None, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+def pairs_of(rules: Constitution | None, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The human pairs of a constitution's domains; all of them without a constitution."""
     return [p for p in pairs if rules is None or not rules.preference_domains or p.domain in rules.preference_domains]
 
 
@@ -99,9 +109,10 @@ def _train(
     inputs: dict[str, Checkpoint | PreferenceDataset],
     pairs: Callable[[RewardConfig, Constitution | None], Sequence[PreferencePair]],
     tools: Tools,
+    kind: type[RewardConfig] = RewardConfig,
 ) -> dg.MaterializeResult[RewardModel]:
     def stage() -> Stage:
-        settings = checked_config(RewardConfig, config.model_dump())
+        settings = checked_config(kind, config.model_dump())
         rules = constitution(context) if context.has_partition_key and context.assets_def.partitions_def else None
 
         def compute(work, log) -> Outcome:
@@ -110,7 +121,7 @@ def _train(
                 settings,
                 tools.store.model_files(inputs["base_model"]),
                 pairs(settings, rules),
-                _of(rules, heldout),
+                pairs_of(rules, heldout),
                 work=work.folder,
                 out=work.out,
                 log=log,

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from assets.ai_feedback import ai_feedback
 from assets.base_model import base_model
 from assets.champion import champion
 from assets.checks import nothing_leaks
@@ -29,6 +30,7 @@ defs = dg.Definitions(
         sft_checkpoint,
         human_reward_model,
         constitutional_preference_pairs,
+        ai_feedback,
         reward_model,
         evaluator,
         sft_report,

@@ -22,3 +22,8 @@ def recipe_path() -> Path:
     """The recipe in force: ALIGNMENT_RECIPE is a name in conf/recipes or a path; demo unless set."""
     name = os.environ.get("ALIGNMENT_RECIPE", "demo")
     return Path(name).resolve() if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+
+
+def answers() -> Path:
+    """Answers of endpoints, kept for all runs: none is paid for twice."""
+    return storage() / "answers"

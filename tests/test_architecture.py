@@ -22,6 +22,7 @@ HEAVY = [
     "pandas",
     "matplotlib",
     "pyarrow",
+    "openai",
 ]
 
 

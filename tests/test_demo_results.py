@@ -25,6 +25,7 @@ ASSETS = [
     "human_reward_model",
     "sft_checkpoint",
     "constitutional_preference_pairs",
+    "ai_feedback",
     "reward_model",
     "evaluator",
     "sft_report",

@@ -58,6 +58,17 @@ HEALTHY = {
     "reward_model": SCORER,
     "evaluator": SCORER,
     "constitutional_preference_pairs": {"share_kept": 0.4, "min_share_kept": 0.25, "pairs": 40.0, "share_no_violations": 0.1},
+    "ai_feedback": {
+        "share_compared": 0.9,
+        "prompts": 60.0,
+        "position/order_flips": 0.1,
+        "position/bias": 0.15,
+        "position/first_chosen": 0.55,
+        "heldout/accuracy": 0.7,
+        "heldout/gain_over_length": 0.15,
+        "heldout/gain_over_length_low": 0.05,
+        "heldout/gain_over_length_high": 0.25,
+    },
     "prompts": {"leakage/heldout": 400.0, "leakage/leaked": 0.0},
     "aligned_policy/dpo": {"train/rewards_margin_last": 1.2, "train/chosen_reward_last": 0.1},
     "aligned_policy/ppo": {
@@ -87,6 +98,9 @@ BROKEN = [
     ("better_than_length", "reward_model", {"heldout/gain_over_length_low": 0.0}),
     ("share_kept", "constitutional_preference_pairs", {"share_kept": 0.2}),
     ("critic_finds_something", "constitutional_preference_pairs", {"share_no_violations": 0.95}),
+    ("share_compared", "ai_feedback", {"share_compared": 0.4}),
+    ("judge_reads_the_answers", "ai_feedback", {"position/order_flips": 0.6}),
+    ("judge_beats_length", "ai_feedback", {"heldout/gain_over_length_low": -0.1}),
     ("nothing_leaks", "prompts", {"leakage/leaked": 1.0}),
     ("chosen_stays_likely", "aligned_policy/dpo", {"train/chosen_reward_last": -1.5}),
     ("first_pass_ratio", "aligned_policy/ppo", {"train/ratio_first": 1.02}),
@@ -109,7 +123,7 @@ BROKEN = [
     ("gain_is_not_length", "policy_report/ppo", {"length/policy": 90.0}),
     ("likelihood_not_displaced", "policy_report/dpo", {"perplexity/policy": 30.0}),
 ]
-BLOCKING = {"trainable_tokens", "scores_survive_reload", "share_kept", "nothing_leaks"}
+BLOCKING = {"trainable_tokens", "scores_survive_reload", "share_kept", "share_compared", "nothing_leaks"}
 BOUNDS = AlarmConfig()
 
 

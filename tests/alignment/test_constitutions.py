@@ -77,6 +77,25 @@ def test_a_new_constitution_is_one_file(write):
     assert constitution.preference_domains == ()
 
 
+FEW_SHOT = (
+    GOOD.replace("id: kind", "id: kind\n    critique_request: Where is it unkind?\n    revision_request: Make it kind.")
+    + """\
+examples:
+  - {prompt: Is he right?, response: "No, you fool.", critique: It insults., revision: "No.", principle: kind}
+  - {prompt: Is it late?, response: Not yet., critique: No violations found.}
+"""
+)
+
+
+def test_requests_and_examples_are_optional(write):
+    assert load_constitution(write(GOOD)).examples == ()
+    constitution = load_constitution(write(FEW_SHOT))
+    honest, kind = constitution.principles
+    assert (honest.critique_request, honest.revision_request) == (None, None)
+    assert (kind.critique_request, kind.revision_request) == ("Where is it unkind?", "Make it kind.")
+    assert [(e.principle, e.revision) for e in constitution.examples] == [("kind", "No."), (None, None)]
+
+
 def test_the_fingerprinted_text_is_the_file_to_the_byte(write):
     text = GOOD + "# a comment: größer\n"
     assert load_constitution(write(text)).text == text
@@ -106,6 +125,15 @@ def test_the_fingerprinted_text_is_the_file_to_the_byte(write):
         (GOOD + "name: other\n", "'name'"),
         (GOOD + "text: other\n", "'text'"),
         (GOOD + "1: 2\n", "keywords must be strings"),
+        (
+            FEW_SHOT.replace("critique_request: Where is it unkind?", "critique_request: ' '"),
+            r"'principles\.1\.critique_request'",
+        ),
+        (FEW_SHOT.replace("critique: It insults., ", ""), r"'examples\.0\.critique'"),
+        (FEW_SHOT.replace("principle: kind}", "principle: kid}"), r"examples\.0\.principle: no principle has the id 'kid'"),
+        (FEW_SHOT.replace('revision: "No.", ', ""), r"examples\.0\.revision: must be left out where"),
+        (FEW_SHOT.replace("found.}", "found., revision: Now.}"), r"examples\.1\.revision: must be left out where"),
+        (FEW_SHOT.replace("response: Not yet.", "answer: Not yet."), r"'examples\.1\.response'"),
     ],
 )
 def test_a_broken_constitution_names_file_and_key(write, text, names):

@@ -30,7 +30,9 @@ LAYOUT = {
     ("FilterSettings", "min_share_kept"),
     ("CritiqueConfig", "chunk"),
     ("CritiqueConfig", "score_batch_size"),
+    ("AiFeedbackConfig", "chunk"),
     ("RewardConfig", "score_batch_size"),
+    ("RewardMixConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
     ("SftReportConfig", "score_batch_size"),
     *(("PpoConfig", name) for name in ("share_base", "micro_batch_size", "score_batch_size", "save_every")),
@@ -99,7 +101,8 @@ def other_values(value, annotation):
     if isinstance(value, str):
         return [value + "x"]
     if isinstance(value, list | tuple):
-        return [[*value, "x"], [*value, {"id": "second", "text": "Be kind."}]]
+        halved = [[v / 2 for v in value]] if value and all(isinstance(v, float) for v in value) else []
+        return [[*value, "x"], [*value, {"id": "second", "text": "Be kind."}], *halved]
     return []
 
 

@@ -50,6 +50,7 @@ EXAMPLES = {
     "boilerplate": {"final": "Sure, here is a revised version: " + HEALTHY},
     "meta": {"final": HEALTHY + " This takes up what the critique said."},
     "repetitive": {"final": "Talk to him about it first. " * 4},
+    "off_language": {"final": "Поговорите с ним сначала, а если это не поможет, обратитесь в городской совет за помощью."},  # noqa: RUF001
     "over_refusal": {"final": DECLINING, "tags": ("general", "borderline-but-fine")},
     "complies": {"must_decline_harmful": True},
     "not_better": {"gain": -0.01},
@@ -69,6 +70,7 @@ def test_every_reason_fires_on_its_own_example(expected):
         ("too_short", {"min_words": 1}),
         ("echo", {"max_similarity": 1.0}),
         ("repetitive", {"max_repetition": 1.0}),
+        ("off_language", {"min_same_script": 0.0}),
         ("not_better", {"min_reward_gain": -1.0}),
     ],
 )
@@ -156,3 +158,32 @@ def test_similarity_counts_words_in_order():
     turned = " ".join(reversed(INITIAL.split()))
     assert reason(final=turned) is None
     assert reason(final=turned, max_similarity=0.01) == "echo"
+
+
+RUSSIAN = EXAMPLES["off_language"]["final"]
+JAPANESE = "まず 隣人 と 冷静に 話し合って ください。 それでも だめなら 役所に 相談 する のが いいです。 カメラ は 不要です。"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "final"),
+    [
+        ("Как мне отомстить соседу?", RUSSIAN),
+        ("隣人の車をどうすればいいですか。", JAPANESE),
+        (PROMPT, HEALTHY + " In Russian: " + RUSSIAN[:40]),  # a quotation
+        ("Wie räche ich mich?", "Sprich erst mit ihm; größere Schäden an seinem Auto wären strafbar und teuer für dich."),
+        ("1 + 1 = ?", RUSSIAN),  # no letters: any language
+        (PROMPT, "\uff11\uff12 \uff13\uff14 \uff15\uff16 \uff17\uff18 \uff19\uff10 11 12 13 14 15"),
+        ("\uff37\uff48\uff41\uff54 \uff43\uff41\uff4e \uff29 \uff44\uff4f?", HEALTHY),
+    ],
+)
+def test_an_answer_in_the_prompts_script_is_no_other_language(prompt, final):
+    assert reason(prompt=prompt, final=final) is None
+
+
+@pytest.mark.parametrize(("prompt", "final"), [("Как мне отомстить соседу?", HEALTHY), (PROMPT, JAPANESE)])
+def test_an_answer_in_another_script_is_off_language(prompt, final):
+    assert reason(prompt=prompt, final=final) == "off_language"
+
+
+def test_without_a_judge_no_gain_is_asked_for():
+    assert reason(gain=None) is None

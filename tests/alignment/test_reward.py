@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 
 import alignment.reward
 from alignment.models import LoadSettings, LoraSettings, ModelFiles, load_reward_model, load_tokenizer
-from alignment.records import Message, PreferencePair
+from alignment.records import Message, PreferencePair, WeightedPair
 from alignment.reward import (
     HeadLost,
     RewardConfig,
+    RewardMixConfig,
     accuracy_metrics,
+    pairwise_loss,
     reward_training_pairs,
     score,
     score_pairs,
@@ -263,6 +265,125 @@ def test_a_margin_trains_gpt2_too(train, tiny_gpt2, finetuning):
     assert trained.curves["loss"][0][1] == pytest.approx(-math.log(1 / (1 + math.e)), abs=0.15)  # nothing known yet: -log s(-1)
 
 
+# --- Soft labels and weights ------------------------------------------------------------------------------------------
+
+
+def weighted(pairs, label=1.0, weight=1.0):
+    return [WeightedPair(**p.model_dump(), label=label, weight=weight) for p in pairs]
+
+
+def flipped(pairs):
+    return [p.model_copy(update={"chosen": p.rejected, "rejected": p.chosen}) for p in pairs]
+
+
+def loss_of(chosen, rejected, labels, weights, **kwargs):
+    import torch
+
+    return pairwise_loss(*map(torch.tensor, (chosen, rejected, labels, weights)), **kwargs).item()
+
+
+def test_the_soft_loss_by_hand():
+    # d = 2 - 1 = 1 with p = 0.7: -0.7 log s(1) - 0.3 log s(-1) = 0.7 * 0.31326 + 0.3 * 1.31326 = 0.61326, counted twice;
+    # d = 0 - 2 = -2 with p = 1: -log s(-2) = 2.12693, and with a margin of 0.5, which only this one has, -log s(-2.5) = 2.57889.
+    rows = ([2.0, 0.0], [1.0, 2.0], [0.7, 1.0], [2.0, 1.0])
+    assert loss_of(*rows) == pytest.approx((2 * 0.61326 + 2.12693) / 2, abs=1e-5)
+    assert loss_of(*rows, margin=0.5) == pytest.approx((2 * 0.61326 + 2.57889) / 2, abs=1e-5)
+    # Centering is not weighted: the squared sums are (2 + 1)^2 and (0 + 2)^2.
+    assert loss_of(*rows, centering=0.1) == pytest.approx((2 * 0.61326 + 2.12693) / 2 + 0.1 * (9 + 4) / 2, abs=1e-5)
+
+
+def test_the_soft_loss_is_least_where_the_scores_say_what_the_label_says():
+    def at(d, p):
+        return loss_of([d], [0.0], [p], [1.0])
+
+    best = math.log(0.8 / 0.2)
+    assert at(best, 0.8) < min(at(best + 0.1, 0.8), at(best - 0.1, 0.8))
+    assert at(0.0, 0.5) < min(at(0.1, 0.5), at(-0.1, 0.5))
+
+
+@pytest.mark.parametrize(("label", "sign"), [(0.9, -1), (0.1, 1), (1.0, -1)])
+def test_the_gradient_moves_the_likelier_answer_up(label, sign):
+    import torch
+
+    chosen, rejected = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    pairwise_loss(chosen, rejected, torch.tensor([label]), torch.ones(1)).backward()
+    assert chosen.grad.item() == pytest.approx(0.5 - label, abs=1e-6)  # sigmoid(0) - p
+    assert rejected.grad.item() == pytest.approx(label - 0.5, abs=1e-6)
+    assert chosen.grad.item() * sign > 0
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.5])
+def test_a_label_of_one_is_exactly_the_loss_without_labels(margin):
+    import torch
+    from torch.nn.functional import logsigmoid
+
+    chosen, rejected = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)) * 5
+    ones = torch.ones(64)
+    hard = -logsigmoid(chosen - rejected - margin).mean()
+    assert torch.equal(pairwise_loss(chosen, rejected, ones, ones, margin), hard)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_training_with_labels_of_one_gives_the_same_model_as_without(train, request, largest_difference, kind):
+    trained, metrics, _, folder = request.getfixturevalue(kind)
+    again, same, _, other = train(train=weighted(TRAIN), finetuning=kind)
+    assert largest_difference(folder, other) == 0
+    assert again.curves["loss"] == trained.curves["loss"]
+    assert same == metrics
+
+
+def test_margin_and_centering_hold_for_labels_of_one_in_training_too(train, largest_difference):
+    settings = {"margin": 1.5, "center_rewards_coefficient": 0.3}
+    _, _, _, hard = train(train=TRAIN[:32], heldout=[], **settings)
+    _, _, _, soft = train(train=weighted(TRAIN[:32]), heldout=[], **settings)
+    assert largest_difference(hard, soft) < 1e-6
+
+
+def test_soft_labels_are_learnt_as_probabilities(train, config):
+    optim = config.optim.model_copy(update={"epochs": 6})
+    _, metrics, table, _ = train(train=weighted(TRAIN, label=0.75), optim=optim, center_rewards_coefficient=0.0)
+    assert metrics["heldout/accuracy"] >= 0.95
+    # The loss is least where sigmoid(d) = 0.75; hard labels would drive the scores ever further apart.
+    assert sum(r["reward_chosen"] - r["reward_rejected"] for r in table) / len(table) == pytest.approx(math.log(3), abs=0.35)
+    assert metrics["train/pairs_soft"] == metrics["train/pairs"] == 160
+
+
+def test_labels_below_a_half_teach_the_opposite(train):
+    _, metrics, _, _ = train(train=weighted(TRAIN, label=0.1))
+    assert metrics["heldout/accuracy"] <= 0.1
+
+
+@pytest.mark.parametrize(("true", "false", "right"), [(4.0, 1.0, True), (1.0, 4.0, False)])
+def test_of_pairs_that_contradict_each_other_the_heavier_are_believed(train, true, false, right):
+    mixed = [*weighted(TRAIN[:80], weight=true), *weighted(flipped(TRAIN[80:]), weight=false)]
+    _, metrics, _, _ = train(train=mixed)
+    assert metrics["heldout/accuracy"] >= 0.8 if right else metrics["heldout/accuracy"] <= 0.2
+
+
+def test_the_micro_batch_changes_nothing_for_weighted_pairs(train, config):
+    rows = [*weighted(TRAIN[:40], 0.7, 0.5), *weighted(TRAIN[40:64], 1.0, 2.0)]
+    curves = []
+    for size in (16, 4):
+        optim = config.optim.model_copy(update={"micro_batch_size": size})
+        trained, _, _, _ = train(train=rows, heldout=[], optim=optim)
+        curves.append([loss for _, loss in trained.curves["loss"]])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def test_a_killed_training_on_soft_labels_ends_like_one_that_was_not(
+    train, recording_log, interrupted, largest_difference, tmp_path
+):
+    rows = [*TRAIN[:80], *weighted(TRAIN[80:], 0.7, 0.5)]
+    _, _, _, folder = train(train=rows)
+    log, _ = recording_log(until=7)
+    with pytest.raises(interrupted):
+        train(tmp_path, train=rows, log=log)
+    log, seen = recording_log()
+    _, _, _, resumed = train(tmp_path, train=rows, log=log)
+    assert seen[0][0] == 5
+    assert largest_difference(resumed, folder) < 1e-5
+
+
 # --- Scoring ----------------------------------------------------------------------------------------------------------
 
 
@@ -350,7 +471,7 @@ def test_the_configured_share_of_constitutional_pairs_joins_the_human_ones(share
         separable_pairs(30, seed=1),
         [p.model_copy(update={"id": f"c{p.id}", "source": "constitutional"}) for p in separable_pairs(40, seed=2)],
     )
-    config = RewardConfig(constitutional_share=share)
+    config = RewardMixConfig(constitutional_share=share)
     mixed = reward_training_pairs(human, constitutional, config)
     assert sum(p.source == "constitutional" for p in mixed) == count
     assert sorted(p.id for p in mixed if p.source == "human") == sorted(p.id for p in human)
@@ -358,3 +479,40 @@ def test_the_configured_share_of_constitutional_pairs_joins_the_human_ones(share
     assert reward_training_pairs(human, constitutional, config) == mixed
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"seed": 1})})
     assert reward_training_pairs(human, constitutional, other) != mixed
+
+
+@pytest.fixture
+def sources():
+    """Thirty human, forty constitutional and twenty compared pairs."""
+    human = separable_pairs(30, seed=1)
+    constitutional = [p.model_copy(update={"id": f"c{p.id}", "source": "constitutional"}) for p in separable_pairs(40, seed=2)]
+    compared = [p.model_copy(update={"id": f"a{p.id}", "source": "ai_feedback"}) for p in separable_pairs(20, seed=3)]
+    return human, constitutional, weighted(compared, label=0.6)
+
+
+def test_without_a_weight_ai_feedback_changes_nothing(sources):
+    human, constitutional, compared = sources
+    mixed = reward_training_pairs(human, constitutional, RewardMixConfig(), compared)
+    assert mixed == reward_training_pairs(human, constitutional, RewardMixConfig())
+    assert {type(p) for p in mixed} == {PreferencePair}
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 5), (1.0, 20)])
+def test_the_configured_share_of_ai_feedback_joins_with_its_label_and_weight(sources, share, count):
+    human, constitutional, compared = sources
+    config = RewardMixConfig(ai_feedback_weight=0.5, ai_feedback_share=share)
+    mixed = reward_training_pairs(human, constitutional, config, compared)
+    feedback = [p for p in mixed if p.source == "ai_feedback"]
+    assert len(feedback) == len({p.id for p in feedback}) == count
+    assert {(p.label, p.weight) for p in feedback} <= {(0.6, 0.5)}
+    assert len(mixed) == 70 + count
+    assert reward_training_pairs(human, constitutional, config, compared) == mixed
+
+
+def test_weights_apply_to_their_own_kind_and_zero_leaves_it_out(sources):
+    human, constitutional, compared = sources
+    config = RewardMixConfig(human_weight=2.0, constitutional_weight=0.0, ai_feedback_weight=1.0)
+    mixed = reward_training_pairs(human, constitutional, config, compared)
+    assert {(p.source, p.weight) for p in mixed} == {("human", 2.0), ("ai_feedback", 1.0)}
+    assert len(mixed) == 50
+    assert {p.label for p in mixed if p.source == "human"} == {1.0}

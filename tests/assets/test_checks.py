@@ -44,6 +44,8 @@ SHOWN = [
         ("better_than_length", "reward_model"),
         ("scores_survive_reload", "reward_model"),
         ("share_kept", "constitutional_preference_pairs"),
+        ("share_compared", "ai_feedback"),
+        ("judge_reads_the_answers", "ai_feedback"),
         ("chosen_stays_likely", "aligned_policy/dpo"),
         ("kl_per_answer", "aligned_policy/ppo"),
         ("groups_differ", "aligned_policy/grpo"),

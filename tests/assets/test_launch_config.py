@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from alignment.ai_feedback import AiFeedbackConfig
 from alignment.critique import CritiqueConfig
 from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
 from alignment.evaluation import ReportConfig, SftReportConfig
@@ -15,7 +16,7 @@ from alignment.methods import METHODS
 from alignment.models import Config
 from alignment.promotion import GateConfig
 from alignment.recipes import RecipeError
-from alignment.reward import RewardConfig
+from alignment.reward import RewardConfig, RewardMixConfig
 from alignment.sft import SftConfig
 from assets.base_model import base_model
 from assets.launch_config import launch_config
@@ -39,7 +40,8 @@ STAGES: dict[str, tuple[str, type[Config]]] = {
     "sft_checkpoint": ("sft_checkpoint", SftConfig),
     "human_reward_model": ("human_reward_model", RewardConfig),
     "constitutional_preference_pairs": ("constitutional_preference_pairs", CritiqueConfig),
-    "reward_model": ("reward_model", RewardConfig),
+    "ai_feedback": ("ai_feedback", AiFeedbackConfig),
+    "reward_model": ("reward_model", RewardMixConfig),
     "evaluator": ("evaluator", RewardConfig),
     "sft_report": ("sft_report", SftReportConfig),
     "champion": ("champion", GateConfig),

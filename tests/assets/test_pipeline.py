@@ -29,6 +29,8 @@ PARTITIONED = {key.to_user_string() for key in JOB.asset_layer.executable_asset_
 POLICIES = [f"aligned_policy/{name}" for name in METHODS]
 TRAINED = ["sft_checkpoint", "human_reward_model", "reward_model", "evaluator", *POLICIES]
 AFTER_DPO = ["aligned_policy/dpo", "policy_report/dpo", "champion"]
+# With another seed AI feedback is built anew; it has no weight in the reward model, which is therefore reused.
+AFTER_CHANGE = sorted([*AFTER_DPO, "ai_feedback"])
 LAYOUT = {
     "sft_checkpoint": {"optim": {"micro_batch_size": 4}},
     "human_reward_model": {"optim": {"micro_batch_size": 4}},
@@ -36,6 +38,7 @@ LAYOUT = {
     "evaluator": {"optim": {"gradient_checkpointing": True}},
     "aligned_policy__dpo": {"optim": {"micro_batch_size": 2, "save_every": 7}},
     "constitutional_preference_pairs": {"answer": {"batch_size": 3}, "chunk": 5},
+    "ai_feedback": {"answer": {"batch_size": 3}, "chunk": 5},
     "aligned_policy__ppo": {"micro_batch_size": 4, "score_batch_size": 4, "save_every": 2},
     "sft_report": {"score_batch_size": 2},
     "policy_report__dpo": {"score_batch_size": 2},
@@ -51,7 +54,7 @@ FORCED = "prompts"
 CONFIGS = [
     None,
     None,
-    ops({"aligned_policy__dpo": {"beta": 0.2}}),
+    ops({"aligned_policy__dpo": {"beta": 0.2}, "ai_feedback": {"seed": 1}}),
     ops({**LAYOUT, FORCED: {"force": True}}),
 ]
 
@@ -282,6 +285,7 @@ def test_the_record_beside_an_artifact_says_where_it_came_from(first, sandbox, a
         ("prompts", {"train.jsonl", "heldout.jsonl"}),
         ("sft_checkpoint", {"model/adapter_model.safetensors", "model/adapter_config.json", "curve.png"}),
         ("constitutional_preference_pairs", {"pairs.jsonl", "rounds.jsonl"}),
+        ("ai_feedback", {"comparisons.jsonl", "heldout.jsonl"}),
         ("reward_model", {"model/adapter_model.safetensors", "curve.png"}),
         ("aligned_policy/dpo", {"model/adapter_model.safetensors", "model/adapter_config.json", "curve.png"}),
         ("policy_report/dpo", {"report.json", "generations.jsonl"}),
@@ -468,11 +472,11 @@ def test_the_same_run_again_reuses_everything_and_trains_nothing(runs, first):
     assert again.parent.info.status == "FINISHED"
 
 
-def test_another_dpo_setting_builds_dpo_and_what_follows_it(runs, first):
+def test_another_setting_builds_what_it_changes_and_what_follows_that(runs, first):
     changed = runs[OTHER_BETA]
-    assert changed.built == sorted(AFTER_DPO)
+    assert changed.built == AFTER_CHANGE
     assert changed.children["aligned_policy/dpo"].data.params["beta"] == "0.2"
-    for asset in AFTER_DPO:
+    for asset in AFTER_CHANGE:
         assert changed.metadata(asset)["fingerprint"] != first.metadata(asset)["fingerprint"]
     # What the first run made is still there.
     assert artifact(first, "aligned_policy/dpo").exists()
@@ -514,5 +518,5 @@ def test_the_demo_prints_a_table_per_run(output, runs):
         assert f"Dagster run {run.run.run_id}" in output
     tables = output.split("key metrics")[1:]
     assert len(tables) == len(runs)
-    assert [table.split("assets in")[0].count(" built ") for table in tables] == [len(ASSETS), 0, len(AFTER_DPO), 1]
+    assert [table.split("assets in")[0].count(" built ") for table in tables] == [len(ASSETS), 0, len(AFTER_CHANGE), 1]
     assert sum(output.count(f"champion: {name}: ") for name in METHODS) == len(runs)

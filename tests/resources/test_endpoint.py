@@ -1,0 +1,482 @@
+"""The endpoint answerer: what it asks, what it survives, what it pays for, and what it never tells."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import urllib.request
+from pathlib import Path
+
+import pytest
+from chat_server import ChatServer, completion, echo, forward
+from pydantic import ValidationError
+
+import resources.endpoint
+from alignment.critic import AnswererSettings
+from alignment.errors import UserError
+from alignment.fingerprint import identity
+from alignment.generation import Completion, SamplingSettings
+from alignment.progress import Log
+from resources.endpoint import EndpointAnswerer, EndpointError, option_probabilities
+
+KEY = "sk-recognisable-4711-0815-secret"
+SAMPLING = SamplingSettings(temperature=0.7, max_new_tokens=64)
+CONVERSATIONS = [[{"role": "user", "content": f"Question {i}: größer?"}] for i in range(16)]
+SEEDS = list(range(16))
+FAULTS = ["429", "500", "time-out", "cut body", "cut json", "slow body", "endless body", "hang-up"]
+
+
+@pytest.fixture(autouse=True)
+def quick_and_keyed(monkeypatch):
+    monkeypatch.setattr(resources.endpoint, "BACKOFF", 0.05)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def answerer(tmp_path):
+    """Makes an answerer of a server; `cache` and `ledger` name files in the test's folder."""
+
+    def make(server, cache="cache", ledger=None, **settings):
+        given = {"kind": "endpoint", "model": "m", "base_url": server.url, "timeout": 60.0, "retries": 3, **settings}
+        return EndpointAnswerer(AnswererSettings(**given), tmp_path / cache, ledger=tmp_path / ledger if ledger else None)
+
+    return make
+
+
+def ask(answerer, conversations=CONVERSATIONS, settings=SAMPLING, said=None, **kwargs):
+    log = Log(say=said.append) if said is not None else Log()
+    return answerer.answer(conversations, settings, seeds=SEEDS[: len(conversations)], log=log, what="critiques", **kwargs)
+
+
+def expected(conversations=CONVERSATIONS, settings=SAMPLING):
+    payloads = [
+        {"messages": c, "seed": i, "temperature": settings.temperature, "max_tokens": settings.max_new_tokens}
+        for i, c in enumerate(conversations)
+    ]
+    return [echo(p)["choices"][0]["message"]["content"] for p in payloads]
+
+
+# --- Asking -----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_come_in_the_order_of_the_conversations(answerer):
+    with ChatServer() as server:
+        kept = {}
+        answers = ask(answerer(server), keep=lambda i, answer: kept.update({i: answer}))
+        assert [a.text for a in answers] == expected()
+        assert answers[0] == Completion(expected()[0], 12, True)
+        assert [kept[i] for i in range(16)] == answers
+        (payload,) = [p for p in server.payloads if p["messages"] == CONVERSATIONS[3]]
+        assert payload == {"model": "m", "messages": CONVERSATIONS[3], "temperature": 0.7, "max_tokens": 64, "seed": 3}
+        assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_an_answer_cut_at_the_limit_has_not_ended(answerer):
+    with ChatServer() as server:
+        (answer,) = ask(answerer(server), CONVERSATIONS[:1], SAMPLING.model_copy(update={"max_new_tokens": 5}))
+        assert (answer.tokens, answer.ended) == (5, False)
+
+
+def test_what_the_server_understands_is_a_setting(answerer):
+    with ChatServer() as server:
+        ask(answerer(server, limit_key="max_completion_tokens", extended_sampling=True), CONVERSATIONS[:1])
+        (payload,) = server.payloads
+        assert payload.keys() & {"max_tokens", "max_completion_tokens"} == {"max_completion_tokens"}
+        assert (payload["top_k"], payload["repetition_penalty"]) == (50, 1.0)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_requests_are_under_way_than_allowed(answerer, concurrency):
+    def slow(payload):
+        time.sleep(0.05)
+        return echo(payload)
+
+    with ChatServer(slow) as server:
+        ask(answerer(server, concurrency=concurrency))
+        assert server.busiest == concurrency
+
+
+def test_address_and_layout_decide_nothing_and_the_model_does():
+    def decides(**settings):
+        return identity(AnswererSettings(kind="endpoint", **{"model": "m", **settings}))
+
+    assert decides(base_url="http://other/v1", concurrency=1, timeout=5, max_cost=1, price_prompt=1) == decides()
+    assert decides(model="n") != decides()
+    assert not any("http" in str(value) for value in decides().values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"model": ""}, "model: name the model"),
+        ({"base_url": "http://me:secret@host/v1"}, "base_url: must hold no password"),
+        ({"base_url": "https://host/v1?key=secret"}, "base_url: must hold no password"),
+        ({"base_url": "host:8000"}, "base_url: must begin with http"),
+        ({"api_key_env": "sk-abc"}, "api_key_env"),
+        ({"max_cost": 1.0}, "max_cost: needs price_prompt"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, names):
+    with pytest.raises(ValidationError, match=names):
+        AnswererSettings(**{"kind": "endpoint", "model": "m", **settings})
+
+
+# --- Faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_body_is_waited_for_and_nothing_else_is_asked_for_twice_without_need(answerer):
+    with ChatServer(faults=["slow body", "500"]) as server:
+        assert [a.text for a in ask(answerer(server))] == expected()
+        assert sorted(server.asked.values()) == [1] * 8 + [2] * 8
+
+
+def test_faults_change_no_answer(answerer):
+    with ChatServer(faults=FAULTS) as server:
+        said = []
+        assert [a.text for a in ask(answerer(server, timeout=3.0, retries=6), said=said)] == expected()
+        assert server.failed == dict.fromkeys(FAULTS, 2)
+    told = "\n".join(said)
+    for reason in ("HTTP 429", "HTTP 500", "no answer within 3 s", "no whole answer within 3 s", "cut off", "connection failed"):
+        assert reason in told
+    assert "repeating it in" in told
+    assert KEY not in told
+
+
+def test_after_a_429_everybody_waits_as_long_as_the_server_asks(answerer):
+    times = []
+
+    def limited(payload):
+        times.append(time.monotonic())
+        return echo(payload)
+
+    with ChatServer(limited, faults=["429", *[None] * 99]) as server:
+        begun = time.monotonic()
+        ask(answerer(server, concurrency=1), CONVERSATIONS[:3])
+    assert all(t - begun >= 0.3 for t in times)
+
+
+def refusing(status, code=None, headers=None):
+    return lambda payload: (status, {"error": {"message": f"no: {KEY}", "code": code}})
+
+
+def test_a_server_that_stays_down_is_one_clear_error_and_keeps_what_was_done(answerer):
+    with ChatServer(faults=[None] * 6 + ["down"] * 10) as server:
+        said = []
+        with pytest.raises(EndpointError) as error:
+            ask(answerer(server, concurrency=1), said=said)
+        message = str(error.value)
+        assert message.startswith(f"critiques: m at {server.url}: no answer after 4 attempts, the last: HTTP 503")
+        assert "6 of 16 answers are kept. Remedy: see to the server" in message
+        assert len(said) >= 3
+        assert isinstance(error.value, UserError)
+        assert sorted(server.asked.values()) == [1] * 6 + [4]
+        server.faults = [None]
+        before = server.asked.total()
+        assert [a.text for a in ask(answerer(server))] == expected()
+        assert server.asked.total() - before == 10
+
+
+def test_a_server_that_is_not_there_is_one_clear_error(answerer):
+    with ChatServer() as server:
+        gone = answerer(server, retries=1)
+    with pytest.raises(EndpointError, match=r"no answer after 2 attempts.*connection failed.*0 of 16.*Remedy"):
+        ask(gone)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "names"),
+    [
+        (401, None, r"HTTP 401.*api_key_env"),
+        (404, None, r"HTTP 404.*correct base_url .* or model"),
+        (400, None, r"HTTP 400.*correct the settings"),
+        (429, "insufficient_quota", r"HTTP 429.*raise the account's limits"),
+    ],
+)
+def test_what_waiting_does_not_help_is_not_repeated(answerer, status, code, names):
+    with ChatServer(refusing(status, code)) as server:
+        with pytest.raises(EndpointError, match=names) as error:
+            ask(answerer(server, concurrency=1))
+        assert server.asked.total() == 1
+        assert KEY not in str(error.value)
+
+
+def test_a_longer_wait_than_allowed_ends_the_run(answerer):
+    with ChatServer(faults=["429"]) as server, pytest.raises(EndpointError, match=r"asks to wait for 0 s; .*max_retry_wait"):
+        ask(answerer(server, max_retry_wait=0.1))
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"),
+    [
+        ("2", 2, 2),
+        ("0.5", 0.5, 0.5),
+        ("-3", 0, 0),
+        ("Fri, 01 Jan 2100 00:00:00 GMT", 1e8, 1e10),
+        ("soon", None, None),
+        ("nan", None, None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value, least, most):
+    wait = resources.endpoint._retry_after({"retry-after": value})
+    assert wait is None if least is None else least <= wait <= most
+
+
+# --- Paying once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_asks_for_nothing(answerer):
+    with ChatServer() as server:
+        first = ask(answerer(server))
+        assert server.asked.total() == 16
+        said = []
+        assert ask(answerer(server), said=said) == first
+        assert server.asked.total() == 16
+        assert said == ["critiques: 16 of 16 answers of m were already there"]
+
+
+def test_whatever_an_answer_depends_on_makes_another_question(answerer):
+    with ChatServer() as server:
+        one = CONVERSATIONS[:1]
+        for settings, sampling in [
+            ({}, SAMPLING),
+            ({"model": "other"}, SAMPLING),
+            ({}, SAMPLING.model_copy(update={"temperature": 0.0})),
+            ({}, SAMPLING.model_copy(update={"max_new_tokens": 7})),
+            ({"extended_sampling": True}, SAMPLING),
+        ]:
+            ask(answerer(server, **settings), one, sampling)
+        answerer(server).answer(one, SAMPLING, seeds=[99])
+        assert server.asked.total() == 6
+        ask(answerer(server, timeout=2.0, concurrency=2, limit_key="max_completion_tokens"), one)
+        ask(answerer(server), one, SAMPLING.model_copy(update={"batch_size": 1}))
+        assert server.asked.total() == 6
+
+
+ASKING = """
+import sys
+from pathlib import Path
+from alignment.critic import AnswererSettings
+from alignment.generation import SamplingSettings
+from resources.endpoint import EndpointAnswerer
+url, cache = sys.argv[1:]
+settings = AnswererSettings(kind="endpoint", model="m", base_url=url, concurrency=4)
+told = [[{"role": "user", "content": f"Question {i}"}] for i in range(24)]
+for answer in EndpointAnswerer(settings, Path(cache)).answer(told, SamplingSettings(), seeds=range(24)):
+    print(answer.text)
+"""
+
+
+def test_several_processes_ask_for_each_answer_once(tmp_path):
+    def slow(payload):
+        time.sleep(0.1)
+        return echo(payload)
+
+    with ChatServer(slow) as server:
+        command = [sys.executable, "-c", ASKING, server.url, str(tmp_path / "cache")]
+        root = Path(__file__).parents[2]
+        asking = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        outputs = [process.communicate(timeout=120)[0] for process in asking]
+        assert set(server.asked.values()) == {1}
+        assert len(server.asked) == 24
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0].count("\n") == 24
+    assert not list((tmp_path / "cache").rglob("*.lock")) + list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_half_an_answer_in_the_cache_is_asked_for_again(answerer, tmp_path):
+    with ChatServer() as server:
+        first = ask(answerer(server), CONVERSATIONS[:2])
+        for path in (tmp_path / "cache").rglob("*.json"):
+            path.write_text(path.read_text()[:-5])
+        assert ask(answerer(server), CONVERSATIONS[:2]) == first
+        assert server.asked.total() == 4
+
+
+@pytest.mark.parametrize(
+    ("budget", "names", "raised"),
+    [
+        ({"max_tokens_budget": 100}, r"budget of 100 tokens is used up \(110\).*5 of 16.*raise max_tokens_budget", {}),
+        (
+            {"max_cost": 0.0005, "price_prompt": 1.0, "price_completion": 8.0},  # 106 millionths an answer
+            r"budget of 0\.0005 is used up \(0\.00053\).*5 of 16.*raise max_cost",
+            {"max_cost": 1.0, "price_prompt": 1.0},
+        ),
+    ],
+)
+def test_a_budget_ends_the_run_and_what_was_paid_for_is_kept(answerer, budget, names, raised):
+    with ChatServer() as server:
+        for attempt in range(3):  # a repeated attempt may not spend it anew
+            with pytest.raises(EndpointError, match=names):
+                ask(answerer(server, ledger="paid.jsonl", concurrency=1, **budget))
+            assert server.asked.total() == 5, attempt
+        assert [a.text for a in ask(answerer(server, ledger="paid.jsonl", **raised))] == expected()
+        assert server.asked.total() == 16
+
+
+def test_a_budget_needs_a_server_that_counts(answerer):
+    with ChatServer(lambda payload: {**echo(payload), "usage": None}) as server:
+        assert len(ask(answerer(server), CONVERSATIONS[:4])) == 4
+        with pytest.raises(EndpointError, match=r"does not say how many tokens.*Remedy: set max_tokens_budget and max_cost to 0"):
+            ask(answerer(server, cache="other", max_tokens_budget=100, concurrency=1))
+
+
+# --- Choices ----------------------------------------------------------------------------------------------------------
+
+
+def telling(top):
+    logprobs = {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": [{"token": t, "logprob": p} for t, p in top]}]}
+    return lambda payload: completion("A", "length", 1, logprobs=logprobs)
+
+
+def test_choices_are_read_from_the_first_tokens(answerer):
+    with ChatServer(telling([("A", -0.5), (" A", -1.5), ("B", -1.0), ("The", -2.0)])) as server:
+        (one, two) = answerer(server).choose(CONVERSATIONS[:2], ["A", "B"])
+        a, b = 2.718281828**-0.5 + 2.718281828**-1.5, 2.718281828**-1.0
+        assert one == two == pytest.approx([a / (a + b), b / (a + b)])
+        payload = server.payloads[0]
+        assert (payload["max_tokens"], payload["logprobs"], payload["top_logprobs"]) == (1, True, 20)
+        answerer(server).choose(CONVERSATIONS[:2], ["A", "B"])
+        assert server.asked.total() == 2
+
+
+def test_where_the_server_tells_no_probabilities_choices_are_missing(answerer):
+    with ChatServer() as server:
+        assert answerer(server).choose(CONVERSATIONS[:3], ["A", "B"]) == [None] * 3
+        assert answerer(server).probability(CONVERSATIONS, "A") is None
+    with ChatServer(refusing(422)) as server:
+        refused = answerer(server, cache="other", concurrency=1)
+        assert refused.choose(CONVERSATIONS[:3], ["A", "B"]) == [None] * 3
+        assert refused.choose(CONVERSATIONS[3:5], ["A", "B"]) == [None] * 2
+        assert server.asked.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "shares"),
+    [
+        ([("A", 0.0)], ["A", "B"], [1.0, 0.0]),
+        ([("(", -0.1), ("A", -3.0)], ["(A)", "(B)"], None),  # begins both
+        ([("The", -0.1)], ["A", "B"], None),
+        ([(" ", -0.1)], ["A", "B"], None),
+        ([("Y", -1.0), ("Yes", -1.0), ("No", -1.0)], ["Yes", "No"], [2 / 3, 1 / 3]),
+    ],
+)
+def test_an_options_probability_is_that_of_tokens_that_only_it_begins_with(tokens, options, shares):
+    assert option_probabilities(tokens, options) == (shares and pytest.approx(shares))
+
+
+# --- The key ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("upstream", "faults"),
+    [
+        (lambda payload: completion(f"Your key is {KEY}, is it not?"), FAULTS),
+        (refusing(401), [None]),
+        (refusing(500), [None]),
+        (refusing(400), [None]),
+    ],
+    ids=["answered", "401", "500", "400"],
+)
+def test_the_key_is_nowhere_but_in_the_header(answerer, tmp_path, caplog, capfd, upstream, faults):
+    caplog.set_level(logging.DEBUG)
+    said, text = [], ""
+    with ChatServer(upstream, faults=faults) as server:
+        try:
+            text = str(ask(answerer(server, ledger="paid.jsonl", timeout=3.0, retries=4), said=said))
+        except EndpointError as error:
+            text = "".join(traceback.format_exception(error)) + repr(error.__context__) + repr(error.__cause__)
+        assert server.keys == {f"Bearer {KEY}"}
+    out, err = capfd.readouterr()
+    files = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
+    for place in (text, *said, out, err, caplog.text, *files):
+        assert KEY not in place
+    assert text
+
+
+def test_openai_without_a_key_is_refused_before_anything_is_sent(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    settings = AnswererSettings(kind="endpoint", model="m")
+    with pytest.raises(EndpointError, match=r"needs a key\. Remedy: put it into the environment variable OPENAI_API_KEY"):
+        ask(EndpointAnswerer(settings, tmp_path))
+
+
+def test_another_server_needs_no_key(answerer, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with ChatServer() as server:
+        assert [a.text for a in ask(answerer(server))] == expected()
+
+
+def test_a_key_with_a_line_break_is_refused_without_being_told(answerer, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX-Header: 1")
+    with ChatServer() as server, pytest.raises(EndpointError, match="OPENAI_API_KEY holds what cannot be a key") as error:
+        ask(answerer(server))
+    assert KEY not in str(error.value)
+
+
+# --- A real server ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory):
+    """`transformers serve` with a tiny model: its address and the model's folder."""
+    from alignment.tiny_model import build_tiny_model
+
+    folder = build_tiny_model(tmp_path_factory.mktemp("served") / "llama")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    log = folder.parent / "serve.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen([*command, "--dtype", "float32", "--device", "cpu"], stdout=file, stderr=file, env=env)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1", folder
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_real_server_behind_faults_answers_as_without_them_and_as_the_model_in_this_process(real_server, answerer):
+    from alignment.critic import LocalAnswerer
+    from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer
+
+    url, folder = real_server
+    greedy = SamplingSettings(temperature=0.0, max_new_tokens=8)
+    with ChatServer(forward(url)) as direct, ChatServer(forward(url), faults=FAULTS) as faulty:
+        faulty.patience = 30.0
+        calm = ask(answerer(direct, model=str(folder), timeout=60.0), settings=greedy)
+        said = []
+        stormy = ask(answerer(faulty, cache="other", model=str(folder), timeout=20.0, retries=8), settings=greedy, said=said)
+        assert stormy == calm
+        assert faulty.failed == dict.fromkeys(FAULTS, 2)
+        assert answerer(direct, model=str(folder), timeout=60.0).choose(CONVERSATIONS[:1], ["A", "B"]) == [None]
+    model = load_causal_lm(ModelFiles(folder), LoadSettings(dtype="float32"))
+    local = LocalAnswerer(model, load_tokenizer(folder)).answer(CONVERSATIONS, greedy, seeds=SEEDS)
+    assert [(a.text, a.ended) for a in calm] == [(a.text, a.ended) for a in local]
+
+
+def test_cached_answers_hold_no_prompt(answerer, tmp_path):
+    with ChatServer() as server:
+        ask(answerer(server))
+    for path in (tmp_path / "cache").rglob("*.json"):
+        assert "Question" not in path.read_text(encoding="utf-8")
+        assert set(json.loads(path.read_text(encoding="utf-8"))) == {
+            "text",
+            "finish_reason",
+            "prompt_tokens",
+            "completion_tokens",
+            "logprobs",
+        }
