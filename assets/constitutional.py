@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from alignment.constitutions import prompts_to_criticise
 from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs
 from alignment.datasets import write_jsonl
 from alignment.errors import UserError
@@ -43,15 +44,14 @@ def constitutional_preference_pairs(
         def compute(work, log) -> Outcome:
             from alignment.models import load_causal_lm, load_reward_model, load_tokenizer
 
-            asked = [
-                p
-                for p in read_prompts(store.path(prompts) / "train.jsonl")
-                if set(p.tags) & set(rules.prompt_tags) and (not settings.prompt_tags or set(p.tags) & set(settings.prompt_tags))
-            ][: settings.max_prompts or None]
+            ours = prompts_to_criticise(read_prompts(store.path(prompts) / "train.jsonl"), rules, settings.prompt_tags)
+            asked = ours[: settings.max_prompts or None]
             if not asked:
+                further = settings.prompt_tags if rules.critique_tags is None else rules.critique_tags
+                also = f" and one of {list(further)}" if further else ""
                 raise UserError(
-                    f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {list(rules.prompt_tags)}. "
-                    "Remedy: add prompts with such a tag, or correct prompt_tags."
+                    f"constitution {rules.name}: no training prompt has one of the tags {list(rules.prompt_tags)}{also}. "
+                    "Remedy: add prompts with such tags, or correct prompt_tags or critique_tags in its YAML."
                 )
             files = store.model_files(sft_checkpoint)
             tokenizer = load_tokenizer(files.base)
