@@ -8,6 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
+class GeneratedData(BaseModel):
+    """A data set that the pipeline generated, at one version that DVC can restore."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Key of the asset that generated it")
+    pointer: str = Field(description="DVC pointer that restores it, relative to the folder of data.dvc")
+    md5: str = Field(description="Version: what DVC knows the files by, as one data set")
+    rows: int = Field(description="Pairs or comparisons in it")
+
+
 class Handle(BaseModel):
     """Base of all handles."""
 
@@ -20,6 +31,9 @@ class Handle(BaseModel):
     mlflow_run_id: str = Field(description="MLflow run that computed (not merely reused) the artifact")
     metrics: dict[str, float] = Field(default_factory=dict, description="Final metrics of the run that computed it")
     facts: dict[str, Any] = Field(default_factory=dict, description="Counts and settings later stages or people need")
+    generated: tuple[GeneratedData, ...] = Field(
+        (), description="Generated data it is, or was made of, directly or through others"
+    )
 
 
 class SftDataset(Handle):

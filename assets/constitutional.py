@@ -99,6 +99,7 @@ def constitutional_preference_pairs(
             inputs={"sft_checkpoint": sft_checkpoint, "human_reward_model": human_reward_model, "prompts": prompts},
             constitution=rules,
             compute=compute,
+            versioned=("pairs.jsonl", "rounds.jsonl"),
             bounds={"min_share_kept": settings.filters.min_share_kept},
         )
 
