@@ -188,7 +188,7 @@ def test_a_lock_that_is_never_freed_is_one_clear_error(root, artifact, monkeypat
     from dvc.repo import Repo
 
     monkeypatch.setattr(dvc_data, "LOCK_PATIENCE", 0.0)
-    with Repo(str(root)) as repo, repo.lock, pytest.raises(DataVersionError, match="Unable to acquire lock.*Remedy"):
+    with Repo(str(root)) as repo, repo.lock, pytest.raises(DataVersionError, match=r"Unable to acquire lock.*Remedy"):
         version(root, artifact)
 
 
