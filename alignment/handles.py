@@ -49,6 +49,12 @@ class PreferenceDataset(Handle):
     kind: Literal["preference_dataset"] = "preference_dataset"
 
 
+class Revisions(Handle):
+    """Prompts taken through critique and revise for people to read: `revisions.jsonl`, every round in `rounds.jsonl`."""
+
+    kind: Literal["revisions"] = "revisions"
+
+
 class PromptSet(Handle):
     """Prompts with tags (`train.jsonl`, `heldout.jsonl`) and problems with answers (`problems_train.jsonl`,
     `problems_heldout.jsonl`)."""
@@ -95,7 +101,7 @@ class Champion(Handle):
 
 
 AnyHandle = Annotated[
-    SftDataset | PreferenceDataset | PromptSet | Checkpoint | RewardModel | SftReport | PolicyReport | Champion,
+    SftDataset | PreferenceDataset | Revisions | PromptSet | Checkpoint | RewardModel | SftReport | PolicyReport | Champion,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[AnyHandle] = TypeAdapter(AnyHandle)
