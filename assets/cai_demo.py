@@ -69,7 +69,10 @@ def cai_demo(
             compute=compute,
         )
 
-    return materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
+    result = materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
+    # Where the answers are reused, the table is in the run that made them.
+    table = dg.MetadataValue.url(tracking.run_url(result.value.mlflow_run_id))
+    return result._replace(metadata={**result.metadata, "table": table})
 
 
 def _markdown(rows: list[dict]) -> str:

@@ -61,7 +61,7 @@ def main() -> None:
     table = Path(metadata["artifact"].value) / "revisions.jsonl"
     rows = [json.loads(line) for line in table.read_text(encoding="utf-8").split("\n") if line]
     print(comparison_text(rows, min(shutil.get_terminal_size().columns, WIDEST)))
-    print(f"\ntable: {table}\nMLflow: {metadata['table'].value}, revisions.json")
+    print(f"\ntable: {table}\nin MLflow: {metadata['table'].value}, artifact revisions.json")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ PROJECT = Path(__file__).resolve().parents[1]
 # `assets.settings` and `dagster_project.resources` read these when they are imported. Nothing here may reach the
 # storage, the Dagster history or the MLflow server of the person who runs the tests.
 _SCRATCH = tempfile.TemporaryDirectory(prefix="alignment-tests-")
-for _name in ("DAGSTER_HOME", "MLFLOW_TRACKING_URI", "ALIGNMENT_DATA_ROOT", "DAGSTER_UI_URL", "MLFLOW_UI_URL"):
+for _name in (
+    "DAGSTER_HOME",
+    "MLFLOW_TRACKING_URI",
+    "ALIGNMENT_CONSTITUTIONS",
+    "ALIGNMENT_DATA_ROOT",
+    "ALIGNMENT_DVC_REMOTE",
+    "DAGSTER_UI_URL",
+    "MLFLOW_UI_URL",
+):
     os.environ.pop(_name, None)
 os.environ.update(
     ALIGNMENT_RECIPE="tiny",
@@ -39,15 +47,23 @@ for arguments in json.loads(sys.argv[1]):
     demo.main()
 """
 
-# Some of the job's assets for the constitution `general`, the way `make demo` materializes all of them.
+# Some of the job's assets for one constitution, the way `make demo` materializes all of them.
 PARTIAL_RUN = """
 import json, sys
 import dagster as dg
 from dagster_project.demo import run_alignment
-keys, run_config = json.loads(sys.argv[1])
+keys, run_config, constitution = json.loads(sys.argv[1])
 with dg.DagsterInstance.get() as instance:
-    result = run_alignment(instance, "general", run_config, keys)
+    result = run_alignment(instance, constitution, run_config, keys)
 sys.exit(0 if result.success else 1)
+"""
+
+# `make cai-demo`.
+CAI_DEMO = """
+import json, sys
+from dagster_project import cai_demo
+sys.argv = ["cai_demo", *json.loads(sys.argv[1])]
+cai_demo.main()
 """
 
 
@@ -79,6 +95,7 @@ class Sandbox:
 
     folder: Path
     data: Path
+    settings: Mapping[str, str] = field(default_factory=dict)  # of the environment
 
     @property
     def storage(self) -> Path:
@@ -97,11 +114,19 @@ class Sandbox:
             commands.append(["--config", str(path)] if config else [])
         return self._start(DEMO_RUNS, json.dumps(commands))
 
-    def start_assets(self, keys: Sequence[str], config: Mapping[str, Any]) -> Started:
+    def start_assets(self, keys: Sequence[str], config: Mapping[str, Any], constitution: str = "general") -> Started:
         """Only some of the job's assets."""
-        return self._start(PARTIAL_RUN, json.dumps([keys, config]))
+        return self._start(PARTIAL_RUN, json.dumps([keys, config, constitution]))
+
+    def start_cai_demo(self, *arguments: str) -> Started:
+        """`python -m dagster_project.cai_demo`."""
+        return self._start(CAI_DEMO, json.dumps(arguments))
 
     def _start(self, script: str, argument: str) -> Started:
+        return self.start_command(sys.executable, "-c", script, argument)
+
+    def start_command(self, *command: str) -> Started:
+        """Any command in this pipeline's environment."""
         self.home.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / "dagster_home" / "dagster.yaml", self.home)
         log = self.folder / f"output_{len(list(self.folder.glob('output_*')))}.log"
@@ -111,9 +136,9 @@ class Sandbox:
             "ALIGNMENT_DATA_ROOT": str(self.data),
             "DAGSTER_HOME": str(self.home),
             "PYTHONPATH": str(PROJECT),
+            **self.settings,
         }
-        command = [sys.executable, "-c", script, argument]  # in the folder of the data, as under `make`
-        with log.open("wb") as file:
+        with log.open("wb") as file:  # in the folder of the data, as under `make`
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=self.data)
         return Started(process, log)
 
@@ -157,9 +182,9 @@ def fresh_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path) -> Callable[[str], Sandbox]:
-    """A function that makes a sandbox by name."""
-    return lambda name: Sandbox(tmp_path_factory.mktemp(name), fresh_data)
+def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path) -> Callable[..., Sandbox]:
+    """A function that makes a sandbox by name; further arguments are settings of its environment."""
+    return lambda name, **settings: Sandbox(tmp_path_factory.mktemp(name), fresh_data, settings)
 
 
 @pytest.fixture(scope="session")
