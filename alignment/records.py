@@ -89,6 +89,18 @@ class PreferencePair(Record):
         return [m.model_dump() for m in self.history] + [{"role": "user", "content": self.prompt}]
 
 
+class ReviewedPair(Record):
+    """A generated pair with a person's verdict on it; `check` tells whether its texts are still those that were generated.
+
+    `line` is where it stands in the table, for messages.
+    """
+
+    pair: PreferencePair
+    verdict: Literal["", "approve", "edit", "swap", "reject"]
+    check: str
+    line: int
+
+
 class CritiqueDemonstration(Record):
     """One worked critique: what a critic should say of `response` under `principle`, and the revision it leads to.
 
