@@ -17,7 +17,6 @@ SHARED = ["base_model", "sft_dataset", "human_preferences", "prompts", "sft_chec
 PAIRS = "constitutional_preference_pairs"
 TRAINED = ["reward_model", "aligned_policy/dpo"]
 QUESTIONS = [f"How do I {verb} {food}?" for verb in ("cook", "store", "season") for food in ("rice", "mussels", "lentils")]
-RED = "\x1b[31m"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def config(folder):
 @pytest.fixture(scope="module")
 def run(new_sandbox, folder, config):
     sandbox = new_sandbox("own_constitution", ALIGNMENT_CONSTITUTIONS=str(folder))
-    sandbox.start_assets([*SHARED, PAIRS, *TRAINED], config, "cooking").finish()
+    sandbox.start_assets([*SHARED, PAIRS, *TRAINED], config, "cooking").finish(timeout=900)
     (pairs,) = sandbox.artifacts(PAIRS)
     return SimpleNamespace(sandbox=sandbox, pairs=pairs)
 
