@@ -47,23 +47,39 @@ for arguments in json.loads(sys.argv[1]):
     demo.main()
 """
 
-# Some of the job's assets for one constitution, the way `make demo` materializes all of them.
+# Some of the job's assets for the constitution `general`, the way `make demo` materializes all of them.
 PARTIAL_RUN = """
 import json, sys
 import dagster as dg
 from dagster_project.demo import run_alignment
-keys, run_config, constitution = json.loads(sys.argv[1])
+keys, run_config = json.loads(sys.argv[1])
 with dg.DagsterInstance.get() as instance:
-    result = run_alignment(instance, constitution, run_config, keys)
+    result = run_alignment(instance, "general", run_config, keys)
 sys.exit(0 if result.success else 1)
 """
 
-# `make cai-demo`.
-CAI_DEMO = """
+# The same for any constitution and in one process, so that the heavy imports are paid for once.
+IN_PROCESS = """
+import json, sys
+import dagster as dg
+from dagster_project.definitions import defs
+keys, run_config, constitution = json.loads(sys.argv[1])
+with dg.DagsterInstance.get() as instance:
+    defs.resolve_job_def("alignment").execute_in_process(
+        run_config=run_config,
+        instance=instance,
+        partition_key=constitution,
+        asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
+    )
+"""
+
+# The commands of `make cai-demo` one after the other.
+CAI_DEMO_RUNS = """
 import json, sys
 from dagster_project import cai_demo
-sys.argv = ["cai_demo", *json.loads(sys.argv[1])]
-cai_demo.main()
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["cai_demo", *arguments]
+    cai_demo.main()
 """
 
 
@@ -78,7 +94,7 @@ class Started:
         """What it has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def finish(self, timeout: float = 300) -> str:
+    def finish(self, timeout: float = 1200) -> str:
         """Wait until it ends, assert that it succeeded, and return what it printed."""
         try:
             code = self.process.wait(timeout)
@@ -114,13 +130,17 @@ class Sandbox:
             commands.append(["--config", str(path)] if config else [])
         return self._start(DEMO_RUNS, json.dumps(commands))
 
-    def start_assets(self, keys: Sequence[str], config: Mapping[str, Any], constitution: str = "general") -> Started:
+    def start_assets(self, keys: Sequence[str], config: Mapping[str, Any]) -> Started:
         """Only some of the job's assets."""
-        return self._start(PARTIAL_RUN, json.dumps([keys, config, constitution]))
+        return self._start(PARTIAL_RUN, json.dumps([keys, config]))
 
-    def start_cai_demo(self, *arguments: str) -> Started:
-        """`python -m dagster_project.cai_demo`."""
-        return self._start(CAI_DEMO, json.dumps(arguments))
+    def start_in_process(self, keys: Sequence[str], config: Mapping[str, Any], constitution: str) -> Started:
+        """Some of the job's assets for a constitution, all in one process."""
+        return self._start(IN_PROCESS, json.dumps([keys, config, constitution]))
+
+    def start_cai_demo(self, *commands: Sequence[str]) -> Started:
+        """`python -m dagster_project.cai_demo` once per list of arguments."""
+        return self._start(CAI_DEMO_RUNS, json.dumps(commands))
 
     def _start(self, script: str, argument: str) -> Started:
         return self.start_command(sys.executable, "-c", script, argument)

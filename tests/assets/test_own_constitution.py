@@ -40,7 +40,7 @@ def config(folder):
 @pytest.fixture(scope="module")
 def run(new_sandbox, folder, config):
     sandbox = new_sandbox("own_constitution", ALIGNMENT_CONSTITUTIONS=str(folder))
-    sandbox.start_assets([*SHARED, PAIRS, *TRAINED], config, "cooking").finish(timeout=900)
+    sandbox.start_in_process([*SHARED, PAIRS, *TRAINED], config, "cooking").finish()
     (pairs,) = sandbox.artifacts(PAIRS)
     return SimpleNamespace(sandbox=sandbox, pairs=pairs)
 
@@ -92,8 +92,9 @@ def test_the_version_comes_back_after_storage_was_lost(run):
 def demo(run, folder):
     path = folder.parent / "mine.txt"
     path.write_text("How do I boil an egg?\n\nIs raw | milk safe?\n", encoding="utf-8")
-    first = run.sandbox.start_cai_demo("--constitution", "cooking", "--prompts", str(path)).finish()
-    again = run.sandbox.start_cai_demo("--constitution", "cooking", "--prompts", str(path)).finish()
+    command = ["--constitution", "cooking", "--prompts", str(path)]
+    output = run.sandbox.start_cai_demo(command, command).finish()
+    _, first, again = output.split("critique and revise: recipe tiny, constitution cooking\n")
     (artifact,) = run.sandbox.artifacts("cai_demo")
     return SimpleNamespace(first=first, again=again, artifact=artifact)
 
