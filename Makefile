@@ -12,17 +12,19 @@ CONSTITUTION ?= general
 CONFIG ?=
 METHODS ?=
 PYTEST_MARK ?= not slow
+PROMPTS ?=
 STORAGE := $(CURDIR)/storage
 
-.PHONY: help setup demo ui test lint clean data
+.PHONY: help setup demo cai-demo ui test lint clean data
 
 help:
-	@echo "make demo    the whole pipeline on the embedded model (CPU is enough), then a table of what came out"
-	@echo "make ui      Dagster on http://127.0.0.1:3000 and MLflow on http://127.0.0.1:5000"
-	@echo "make test    the tests"
-	@echo "make lint    style and import rules"
-	@echo "make clean   delete everything that runs wrote (storage/, Dagster's history); data and set-up stay"
-	@echo "options: RECIPE=demo|gpu|tiny|path.yaml  CONSTITUTION=general|medical|...  METHODS=dpo,ppo  CONFIG=run_config.yaml"
+	@echo "make demo      the whole pipeline on the embedded model (CPU is enough), then a table of what came out"
+	@echo "make cai-demo  five prompts through critique and revise: initial against revised, side by side"
+	@echo "make ui        Dagster on http://127.0.0.1:3000 and MLflow on http://127.0.0.1:5000"
+	@echo "make test      the tests"
+	@echo "make lint      style and import rules"
+	@echo "make clean     delete everything that runs wrote (storage/, Dagster's history); data and set-up stay"
+	@echo "options: RECIPE=demo|gpu|tiny|path.yaml  CONSTITUTION=general|medical|...  METHODS=dpo,ppo  PROMPTS=mine.txt  CONFIG=run_config.yaml"
 
 setup: $(STAMP) data
 
@@ -41,6 +43,10 @@ data: $(STAMP)
 demo: setup
 	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.demo --constitution $(CONSTITUTION) \
 		$(if $(METHODS),--methods $(METHODS)) $(if $(CONFIG),--config $(CONFIG))
+
+cai-demo: setup
+	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.cai_demo --constitution $(CONSTITUTION) \
+		$(if $(PROMPTS),--prompts $(PROMPTS)) $(if $(CONFIG),--config $(CONFIG))
 
 ui: setup
 	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.ui

@@ -2,6 +2,7 @@
 
     description: What an assistant under this constitution is like.
     prompt_tags: [general]            # prompts with one of these tags are used for it
+    critique_tags: [harmful-intent]   # optional: criticise answers to these only, whatever the recipe says
     principles:
       - id: honest
         text: Please choose the response that is the most helpful, harmless, and honest.
@@ -17,6 +18,7 @@
 Source of the method: Constitutional AI, arXiv 2212.08073, section 3.1.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -25,7 +27,7 @@ from pydantic import Field, ValidationError, model_validator
 from alignment.errors import UserError
 from alignment.models import Config
 from alignment.readers import NO_VIOLATIONS
-from alignment.records import Text
+from alignment.records import Prompt, Text
 
 
 class ConstitutionError(UserError):
@@ -57,6 +59,11 @@ class Constitution(Config):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="The file's stem; the partition key")
     description: Text = Field(description="One or two sentences for people")
     prompt_tags: tuple[str, ...] = Field(min_length=1, description="A prompt with any of these tags belongs to it")
+    critique_tags: tuple[str, ...] | None = Field(
+        None,
+        description="Of its prompts, criticise answers to those that also carry one of these tags; [] means all of them. Absent: "
+        "the recipe decides (prompt_tags of constitutional_preference_pairs)",
+    )
     preference_domains: tuple[str, ...] = Field((), description="Domains of human pairs its reward models learn from; empty: all")
     principles: tuple[Principle, ...] = Field(min_length=1, description="At least one principle")
     examples: tuple[CritiqueExample, ...] = Field((), description="Worked critiques shown to the critic before its own task")
@@ -107,6 +114,17 @@ def load_constitution(path: Path) -> Constitution:
 def finds_nothing(critique: str) -> bool:
     """Whether a critique's text says that there is nothing to criticise."""
     return critique.strip().lower().startswith(NO_VIOLATIONS.lower())
+
+
+def prompts_to_criticise(prompts: Sequence[Prompt], constitution: Constitution, recipe_tags: Sequence[str]) -> list[Prompt]:
+    """The prompts whose answers are criticised under a constitution, in their order.
+
+    Args:
+        recipe_tags: the recipe's restriction, used where the constitution has no `critique_tags`; empty: none.
+    """
+    own = set(constitution.prompt_tags)
+    further = set(recipe_tags if constitution.critique_tags is None else constitution.critique_tags)
+    return [p for p in prompts if own & set(p.tags) and (not further or further & set(p.tags))]
 
 
 def constitution_names(folder: Path) -> list[str]:

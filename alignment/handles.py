@@ -8,6 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
+class GeneratedData(BaseModel):
+    """A data set that the pipeline generated, at one version that DVC can restore."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Key of the asset that generated it")
+    pointer: str = Field(description="DVC pointer that restores it, relative to the folder of data.dvc")
+    md5: str = Field(description="Version: what DVC knows the files by, as one data set")
+    rows: int = Field(description="Pairs or comparisons in it")
+
+
 class Handle(BaseModel):
     """Base of all handles."""
 
@@ -20,6 +31,9 @@ class Handle(BaseModel):
     mlflow_run_id: str = Field(description="MLflow run that computed (not merely reused) the artifact")
     metrics: dict[str, float] = Field(default_factory=dict, description="Final metrics of the run that computed it")
     facts: dict[str, Any] = Field(default_factory=dict, description="Counts and settings later stages or people need")
+    generated: tuple[GeneratedData, ...] = Field(
+        (), description="Generated data it is, or was made of, directly or through others"
+    )
 
 
 class SftDataset(Handle):
@@ -33,6 +47,12 @@ class PreferenceDataset(Handle):
     ones in `pairs.jsonl` with every round in `rounds.jsonl`; those of AI feedback in `comparisons.jsonl`, with soft labels."""
 
     kind: Literal["preference_dataset"] = "preference_dataset"
+
+
+class Revisions(Handle):
+    """Prompts taken through critique and revise for people to read: `revisions.jsonl`, every round in `rounds.jsonl`."""
+
+    kind: Literal["revisions"] = "revisions"
 
 
 class PromptSet(Handle):
@@ -81,7 +101,7 @@ class Champion(Handle):
 
 
 AnyHandle = Annotated[
-    SftDataset | PreferenceDataset | PromptSet | Checkpoint | RewardModel | SftReport | PolicyReport | Champion,
+    SftDataset | PreferenceDataset | Revisions | PromptSet | Checkpoint | RewardModel | SftReport | PolicyReport | Champion,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[AnyHandle] = TypeAdapter(AnyHandle)

@@ -10,6 +10,7 @@ The format of a row is recognised by its columns, the first of the reader's list
     critiques      constitution, principle, prompt, response, critique
     prompts        prompt | instruction | question
     problems       prompt, answer | question, answer
+    reviews        verdict, check, prompt, chosen, rejected
 
 - `prompt` (not of critiques, prompts and problems), `completion`, `chosen` and `rejected` are text, a list of messages,
   or an hh-rlhf transcript ("\\n\\nHuman: ...\\n\\nAssistant: ...").
@@ -47,7 +48,16 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from alignment.errors import UserError
-from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair, Problem, Prompt, Record
+from alignment.records import (
+    Conversation,
+    CritiqueDemonstration,
+    Message,
+    PreferencePair,
+    Problem,
+    Prompt,
+    Record,
+    ReviewedPair,
+)
 from alignment.splits import normalise
 
 Source = str | os.PathLike[str]
@@ -124,6 +134,11 @@ def read_prompts(source: Source, *, skipped: list[DataError] | None = None) -> l
 def read_problems(source: Source, *, skipped: list[DataError] | None = None) -> list[Problem]:
     """The problems of a source, in its order. Errors and `skipped` as in `read_conversations`."""
     return _read(source, _PROBLEMS, None, skipped)
+
+
+def read_reviews(source: Source) -> list[ReviewedPair]:
+    """The reviewed pairs of a table that `alignment.review` wrote, in its order. Errors as in `read_conversations`."""
+    return _read(source, _REVIEWS, None, None)
 
 
 def deduplicate(records: Iterable[R], key: Callable[[R], str]) -> tuple[list[R], int]:
@@ -357,6 +372,13 @@ def _preference(row: _Row, identity: str) -> PreferencePair:
     )
 
 
+def _review(row: _Row, identity: str) -> ReviewedPair:
+    verdict = row.label("verdict").strip().casefold()
+    if verdict not in _VERDICTS:
+        row.fail("verdict", f"is {verdict!r}", f"write {', '.join(_VERDICTS[1:])}, or leave it empty")
+    return ReviewedPair(pair=_preference(row, identity), verdict=verdict, check=row.text("check"), line=row.line)
+
+
 def _answered(row: _Row, field: str, prompt: list[Message]) -> list[Message]:
     """The conversation that ends with the answer in `field`, which holds all of it or a bare answer to `prompt`."""
     turns = _turns(row, field, "assistant")
@@ -433,6 +455,7 @@ def _problem(column: str) -> Callable[[_Row, str], Problem]:
     return build
 
 
+_VERDICTS = ("", "approve", "edit", "swap", "reject")
 _PAIR_OPTIONS = ("history", "id", "domain", "source")
 
 _CONVERSATIONS = (
@@ -445,6 +468,7 @@ _PREFERENCES = (
     _Format(("prompt", "chosen", "rejected"), _PAIR_OPTIONS, _preference),
     _Format(("chosen", "rejected"), ("prompt", *_PAIR_OPTIONS), _preference),
 )
+_REVIEWS = (_Format(("verdict", "check", "prompt", "chosen", "rejected"), _PAIR_OPTIONS, _review),)
 _CRITIQUES = (_Format(("constitution", "principle", "prompt", "response", "critique"), ("revision", "id"), _critique),)
 _PROMPTS = (
     _Format(("prompt",), ("tags", "id"), _prompt(lambda row: row.text("prompt"))),

@@ -96,6 +96,18 @@ class WeightedPair(PreferencePair):
     weight: float = Field(1.0, gt=0)
 
 
+class ReviewedPair(Record):
+    """A generated pair with a person's verdict on it; `check` tells whether its texts are still those that were generated.
+
+    `line` is where it stands in the table, for messages.
+    """
+
+    pair: PreferencePair
+    verdict: Literal["", "approve", "edit", "swap", "reject"]
+    check: str
+    line: int
+
+
 class CritiqueDemonstration(Record):
     """One worked critique: what a critic should say of `response` under `principle`, and the revision it leads to.
 

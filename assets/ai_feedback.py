@@ -82,6 +82,7 @@ def ai_feedback(
             },
             constitution=rules,
             compute=compute,
+            versioned=("comparisons.jsonl", "heldout.jsonl"),
         )
 
     return materialize(context, stage, Tools(store, tracking, dvc), force=config.force)

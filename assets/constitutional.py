@@ -3,6 +3,7 @@
 import dagster as dg
 
 from alignment.ai_feedback import keep_preferred
+from alignment.constitutions import prompts_to_criticise
 from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs, reward_judge
 from alignment.datasets import write_jsonl
 from alignment.errors import UserError
@@ -45,15 +46,14 @@ def constitutional_preference_pairs(
         def compute(work, log) -> Outcome:
             from alignment.models import load_reward_model, load_tokenizer
 
-            asked = [
-                p
-                for p in read_prompts(store.path(prompts) / "train.jsonl")
-                if set(p.tags) & set(rules.prompt_tags) and (not settings.prompt_tags or set(p.tags) & set(settings.prompt_tags))
-            ][: settings.max_prompts or None]
+            ours = prompts_to_criticise(read_prompts(store.path(prompts) / "train.jsonl"), rules, settings.prompt_tags)
+            asked = ours[: settings.max_prompts or None]
             if not asked:
+                further = settings.prompt_tags if rules.critique_tags is None else rules.critique_tags
+                also = f" and one of {list(further)}" if further else ""
                 raise UserError(
-                    f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {list(rules.prompt_tags)}. "
-                    "Remedy: add prompts with such a tag, or correct prompt_tags."
+                    f"constitution {rules.name}: no training prompt has one of the tags {list(rules.prompt_tags)}{also}. "
+                    "Remedy: add prompts with such tags, or correct prompt_tags or critique_tags in its YAML."
                 )
             roles = {"sampler": settings.sampler, "critic": settings.critic}
             who = answerers(roles, sft_checkpoint, store, settings.load, work.folder)
@@ -108,6 +108,7 @@ def constitutional_preference_pairs(
             inputs={"sft_checkpoint": sft_checkpoint, "human_reward_model": human_reward_model, "prompts": prompts},
             constitution=rules,
             compute=compute,
+            versioned=("pairs.jsonl", "rounds.jsonl"),
             bounds={"min_share_kept": settings.filters.min_share_kept},
         )
 

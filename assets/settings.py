@@ -8,7 +8,7 @@ from alignment.constitutions import Constitution, constitution_names, load_const
 from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
 from alignment.models import Config
 from alignment.recipes import Recipe, RecipeError, load_recipe
-from resources.paths import CONSTITUTIONS, RECIPES, recipe_path
+from resources.paths import RECIPES, constitutions, recipe_path
 
 OWNERS = ["team:alignment"]
 GPU_POOL = "gpu"
@@ -20,7 +20,7 @@ GPU_TAGS = {
 RETRIES = dg.RetryPolicy(max_retries=2, delay=3)
 
 RECIPE: Recipe = load_recipe(recipe_path(), shipped=RECIPES)
-PARTITIONS = dg.StaticPartitionsDefinition(constitution_names(CONSTITUTIONS))
+PARTITIONS = dg.StaticPartitionsDefinition(constitution_names(constitutions()))
 
 
 _stages: set[str] = set()
@@ -58,7 +58,7 @@ def check_recipe() -> None:
 
 def constitution(context: dg.AssetExecutionContext) -> Constitution:
     """The constitution of the partition being materialized."""
-    return load_constitution(CONSTITUTIONS / f"{context.partition_key}.yaml")
+    return load_constitution(constitutions() / f"{context.partition_key}.yaml")
 
 
 def dressed(group: str, kinds: set[str], *, gpu: bool = False, **kwargs: Any) -> dict[str, Any]:

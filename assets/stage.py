@@ -25,14 +25,14 @@ from pydantic import ValidationError
 from alignment.constitutions import Constitution
 from alignment.errors import UserError
 from alignment.fingerprint import fingerprint
-from alignment.handles import AnyHandle, Checkpoint, Handle
+from alignment.handles import AnyHandle, Checkpoint, GeneratedData, Handle
 from alignment.models import Config
 from alignment.plots import Curves, curve_png
 from alignment.progress import Log
 from alignment.recipes import RecipeError, describe
 from assets.checks import check_result, sound_alarms
 from resources.artifacts import ArtifactRecord, ArtifactStore, Work, file_hashes
-from resources.dvc_data import DvcData
+from resources.dvc_data import DvcData, folder_md5
 from resources.tracking import Attempt, DataInput, MlflowTracking, StepInfo
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "dagster", "mlflow", "dvc")
@@ -64,6 +64,7 @@ class Stage:
     constitution: Constitution | None = None
     data: Sequence[DataInput] = ()
     model_artifact: bool = False
+    versioned: Sequence[str] = ()  # files of generated data that DVC is to version; the rows of the first are counted
     bounds: Mapping[str, float] = field(default_factory=dict)  # what alarms compare metrics with, where the stage sets it
 
 
@@ -106,6 +107,8 @@ def materialize(
         constitution=built.constitution.text if built.constitution else None,
     )
     tags["alignment.fingerprint"] = digest
+    # A run has a partition even where its asset has none.
+    partition = step.partition if context.assets_def.partitions_def else None
     with tools.tracking.attempt(step, tags) as attempt, user_errors(attempt):
         attempt.params(built.config.model_dump(mode="json"))
         attempt.inputs(built.data)
@@ -121,15 +124,21 @@ def materialize(
                 if work.resumed:
                     context.log.info(f"resuming {asset} {digest[:12]} from what an interrupted step left")
                 log = Log(metrics=attempt.metrics, say=context.log.info)
+                made_of = {data.md5: data for given in built.inputs.values() for data in given.generated}
+                if built.model_artifact:
+                    attempt.inputs([_input(data, "training") for data in made_of.values()])
                 outcome = built.compute(work, log)
+                if built.versioned:
+                    data = generated_data(asset, partition, work.out, built.versioned)
+                    made_of[data.md5] = data
                 handle = built.kind(
                     asset=asset,
                     fingerprint=digest,
-                    # A run has a partition even where its asset has none.
-                    partition=step.partition if context.assets_def.partitions_def else None,
+                    partition=partition,
                     mlflow_run_id=attempt.run_id,
                     metrics={k: float(v) for k, v in outcome.metrics.items()},
                     facts=dict(outcome.facts),
+                    generated=tuple(made_of.values()),
                     **outcome.handle,
                 )
                 _log_outcome(attempt, built, outcome, work.out, asset)
@@ -152,6 +161,10 @@ def materialize(
         handle = tools.store.find(asset, digest)
         if handle is None:
             raise dg.Failure(f"{asset} {digest[:12]} vanished from the artifact store while it was materialized")
+        if built.versioned:
+            handle = _version(tools, built, handle, attempt, context.log.info)
+        elif reused and built.model_artifact:
+            attempt.inputs([_input(data, "training") for data in handle.generated])
         attempt.tags({"alignment.reused": str(reused).lower(), "alignment.computed_by": handle.mlflow_run_id})
         attempt.final(handle.metrics)
         alarms = sound_alarms(handle, built.bounds)
@@ -170,6 +183,15 @@ def materialize(
         data_version=dg.DataVersion(digest),
         check_results=[check_result(alarm) for alarm in alarms],
     )
+
+
+def generated_data(asset: str, partition: str | None, folder: Path, names: Sequence[str]) -> GeneratedData:
+    """The named files of a folder as one data set at its DVC version."""
+    md5 = folder_md5(folder, names)
+    with (folder / names[0]).open("rb") as file:
+        rows = sum(1 for line in file if line.strip())
+    place = f"{asset}/{partition}" if partition else asset
+    return GeneratedData(name=asset, pointer=f"generated/{place}/{md5[:12]}.dvc", md5=md5, rows=rows)
 
 
 def checked_config(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -247,6 +269,23 @@ def _step_info(context: dg.AssetExecutionContext, asset: str) -> StepInfo:
     )
 
 
+def _version(tools: Tools, stage: Stage, handle: AnyHandle, attempt: Attempt, say: Callable[[str], None]) -> AnyHandle:
+    """Have the artifact's generated data versioned by DVC, and the pointer in MLflow; also when the artifact is reused, since
+    cache and pointer may have been deleted. Returns the handle with the version, which artifacts of older code lack."""
+    data = generated_data(handle.asset, handle.partition, tools.store.path(handle), stage.versioned)
+    pointer = tools.dvc.version(tools.store.path(handle), stage.versioned, data.pointer)
+    say(f"versioned by DVC: {data.pointer} ({data.rows} rows)")
+    attempt.file(pointer, "dvc")
+    attempt.tags({"dvc.generated_md5": data.md5, "dvc.pointer": data.pointer})
+    attempt.inputs([_input(data, "generated")])
+    others = tuple(g for g in handle.generated if g.md5 != data.md5)
+    return handle.model_copy(update={"generated": (*others, data)})
+
+
+def _input(data: GeneratedData, context: str) -> DataInput:
+    return DataInput(data.name, data.pointer, data.md5, data.rows, context)
+
+
 def _log_outcome(attempt: Attempt, stage: Stage, outcome: Outcome, out: Path, asset: str) -> None:
     for name, rows in outcome.tables.items():
         attempt.table(rows, name)
@@ -273,6 +312,8 @@ def _metadata(
     }
     if isinstance(handle, Checkpoint) and handle.adapter_of:
         metadata["adapter_of"] = handle.adapter_of.fingerprint
+    if own := next((data for data in handle.generated if data.name == handle.asset), None):
+        metadata["dvc_pointer"] = own.pointer
     if outcome.summary:
         metadata["summary"] = dg.MetadataValue.md(outcome.summary)
     return metadata

@@ -92,8 +92,9 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
 
 def run(options: argparse.Namespace, seed: int, out: Path) -> None:
     """All stages at one seed; their metrics go to `out/metrics.json`."""
-    from alignment.constitutions import load_constitution
-    from alignment.critique import CritiqueConfig, critique_and_revise, preference_pairs
+    from alignment.constitutions import load_constitution, prompts_to_criticise
+    from alignment.critic import LocalAnswerer
+    from alignment.critique import CritiqueConfig, critique_and_revise, preference_pairs, reward_judge
     from alignment.datasets import (
         HumanPreferencesConfig,
         PromptsConfig,
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
     from alignment.evaluation import Heldout, ReportConfig, SftReportConfig, evaluate_policy, measure_sft
     from alignment.models import load_causal_lm, load_reward_model, load_tokenizer
     from alignment.readers import read_conversations, read_preferences, read_problems, read_prompts
-    from alignment.reward import RewardConfig, reward_training_pairs, train_reward_model
+    from alignment.reward import RewardConfig, RewardMixConfig, reward_training_pairs, train_reward_model
     from alignment.sft import SftConfig, train_sft
 
     path = Path(options.recipe)
@@ -147,8 +148,8 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
     )
     done("data")
 
-    def scorer(stage: str, pairs) -> ModelFiles:
-        config = seeded(recipe, stage, RewardConfig, seed)
+    def scorer(stage: str, pairs, kind: type[RewardConfig] = RewardConfig) -> ModelFiles:
+        config = seeded(recipe, stage, kind, seed)
         _, result[stage], _ = train_reward_model(config, base, pairs(config), human["heldout"], **places(stage), log=log)
         done(stage)
         return ModelFiles(base.base, out / stage / "model")
@@ -164,21 +165,18 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
 
     stage = "constitutional_preference_pairs"
     config = seeded(recipe, stage, CritiqueConfig, seed)
-    wanted = set(config.prompt_tags)
-    asked = [
-        p
-        for p in read_prompts(out / "prompts" / "train.jsonl")
-        if set(p.tags) & set(rules.prompt_tags) and (not wanted or wanted & set(p.tags))
-    ]
+    asked = prompts_to_criticise(read_prompts(out / "prompts" / "train.jsonl"), rules, config.prompt_tags)
     tokenizer = load_tokenizer(base.base)
     folders = places(stage)
+    critic = LocalAnswerer(load_causal_lm(sft, config.load), tokenizer)
+    judge = load_reward_model(human_reward_model, config.load, tokenizer=tokenizer)
     revised = critique_and_revise(
-        load_causal_lm(sft, config.load),
-        load_reward_model(human_reward_model, config.load, tokenizer=tokenizer),
-        tokenizer,
+        critic,
+        critic,
         asked[: config.max_prompts or None],
         rules,
         config,
+        judge=reward_judge(judge, tokenizer, config.score_batch_size),
         work=folders["work"],
         log=log,
     )
@@ -187,7 +185,9 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
     write_jsonl(folders["out"] / "rounds.jsonl", revised)
     result["pairs"] = {"pairs": len(pairs), "prompts": len(revised), **reasons}
     done(stage)
-    reward_model = scorer("reward_model", lambda config: reward_training_pairs(human["reward_train"], pairs, config))
+    reward_model = scorer(
+        "reward_model", lambda config: reward_training_pairs(human["reward_train"], pairs, config), RewardMixConfig
+    )
 
     measured, _, table = measure_sft(
         seeded(recipe, "sft_report", SftReportConfig, seed),

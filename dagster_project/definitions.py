@@ -4,6 +4,7 @@ import dagster as dg
 
 from assets.ai_feedback import ai_feedback
 from assets.base_model import base_model
+from assets.cai_demo import cai_demo
 from assets.champion import champion
 from assets.checks import nothing_leaks
 from assets.constitutional import constitutional_preference_pairs
@@ -13,7 +14,7 @@ from assets.reward_models import evaluator, human_reward_model, reward_model
 from assets.settings import check_recipe
 from assets.sft import sft_checkpoint
 from assets.sft_report import sft_report
-from dagster_project.jobs import alignment_job
+from dagster_project.jobs import alignment_job, cai_demo_job
 from dagster_project.resources import resources
 from dagster_project.schedules import weekly_retraining
 from dagster_project.sensors import new_data
@@ -31,6 +32,7 @@ defs = dg.Definitions(
         human_reward_model,
         constitutional_preference_pairs,
         ai_feedback,
+        cai_demo,
         reward_model,
         evaluator,
         sft_report,
@@ -39,7 +41,7 @@ defs = dg.Definitions(
         champion,
     ],
     asset_checks=[nothing_leaks],
-    jobs=[alignment_job],
+    jobs=[alignment_job, cai_demo_job],
     schedules=[weekly_retraining],
     sensors=[new_data],
     resources=resources(),

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,21 @@ def main() -> None:
 def run_alignment(
     instance: dg.DagsterInstance, constitution: str, run_config: dict[str, Any], assets: list[str] | None = None
 ) -> dg.JobExecutionResult:
-    """Run the job for one constitution in this process's instance; `assets` (keys) restricts it to some of them."""
+    """Run the alignment job for one constitution; `assets` (keys) restricts it to some of them."""
+    return execute(instance, alignment, constitution, run_config, assets)
+
+
+def execute(
+    instance: dg.DagsterInstance,
+    job: Callable[[], dg.JobDefinition],
+    constitution: str,
+    run_config: dict[str, Any],
+    assets: list[str] | None = None,
+) -> dg.JobExecutionResult:
+    """Run a job, given by the module-level function that makes it, for one constitution from this process."""
     end_dead_runs(instance)
     return dg.execute_job(
-        dg.reconstructable(alignment),
+        dg.reconstructable(job),
         instance,
         run_config=run_config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
         tags={"dagster/partition": constitution, PROCESS: _this_process()},

@@ -16,7 +16,7 @@ def resources() -> dict[str, Any]:
     return {
         "store": ArtifactStore(root=str(root / "artifacts")),
         "io_manager": HandleIOManager(root=str(root / "handles")),
-        "dvc": DvcData(root=str(data_root())),
+        "dvc": DvcData(root=str(data_root()), push_to=os.environ.get("ALIGNMENT_DVC_REMOTE", "")),
         "tracking": MlflowTracking(
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}"),
             artifact_root=str(root / "mlartifacts"),

@@ -2,18 +2,28 @@
 
 The md5 in `data.dvc` is the version of all of `data/`; the manifest behind it gives the md5 of each file, so that an
 asset depends on the files it reads and not on its neighbours.
+
+Data that the pipeline generates is versioned, too, but never inside `data/`: `generated/<asset>/<partition>/<md5>.dvc` is an
+ordinary DVC pointer that git may track, and the files are in DVC's cache under what it names. Named by content, a pointer is
+never overwritten.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import yaml
 from filelock import FileLock
 
 from alignment.errors import UserError
+
+LOCK_PATIENCE = 60.0
+"""Seconds to wait for a DVC command of somebody else's."""
 
 
 class DataVersionError(UserError):
@@ -35,10 +45,24 @@ def pinned_md5(pointer: Path) -> str:
         raise DataVersionError(f"{pointer}: is not a DVC pointer file ({error}). Remedy: `dvc add data`.") from error
 
 
+def folder_md5(folder: Path, names: Sequence[str]) -> str:
+    """The md5 under which DVC knows a folder that holds just these files, without its suffix `.dir`."""
+    rows = []
+    for name in sorted(names):
+        with (folder / name).open("rb") as file:
+            rows.append({"md5": hashlib.file_digest(file, "md5").hexdigest(), "relpath": name})
+    return hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
 class DvcData(dg.ConfigurableResource):
-    """The curated data of this repository, at the version that `data.dvc` pins."""
+    """The curated data of this repository, at the version that `data.dvc` pins; and versions of generated data.
+
+    `push_to` names the DVC remote that generated data is pushed to as it is made. Empty: none, so that it stays in the
+    cache until somebody runs `dvc push`.
+    """
 
     root: str
+    push_to: str = ""
 
     @property
     def pointer(self) -> Path:
@@ -78,6 +102,47 @@ class DvcData(dg.ConfigurableResource):
             out[name] = (path, md5)
         return out
 
+    def version(self, folder: Path, names: Sequence[str], pointer: str) -> Path:
+        """Make sure that DVC has the named files of a folder, as one data set, and return the path of its pointer.
+
+        Done before and still there: neither DVC nor the pointer is touched. Otherwise a copy is put beside the pointer, as
+        `dvc add` wants it; that copy may be deleted and comes back with `dvc checkout <pointer>`.
+
+        Args:
+            pointer: path of the pointer relative to the root, as in `generated/<asset>/<partition>/<md5>.dvc`.
+        """
+        path, md5 = Path(self.root) / pointer, folder_md5(folder, names)
+        if not self.push_to and path.exists() and pinned_md5(path) == md5 and self._is_cached(md5):
+            return path
+
+        def add(repo: Any) -> None:
+            working = path.with_suffix("")
+            shutil.rmtree(working, ignore_errors=True)
+            working.mkdir(parents=True)
+            for name in names:
+                shutil.copyfile(folder / name, working / name)
+            repo.scm_context.quiet = True  # no advice to run `git add` in a step's log
+            repo.add(str(working))
+            if self.push_to:
+                repo.push(targets=[str(path)], remote=self.push_to)
+
+        try:
+            self._with_repository(add, f"{path}: could not be written by DVC", "`dvc doctor`, then materialize again")
+        except OSError as error:
+            raise DataVersionError(f"{path}: cannot be written: {error}. Remedy: make the folder writable.") from error
+        if pinned_md5(path) != md5:
+            raise DataVersionError(f"{path}: DVC left out a file of {', '.join(names)}. Remedy: correct .dvcignore.")
+        return path
+
+    def _is_cached(self, md5: str) -> bool:
+        # The default cache only: where another is configured, DVC is asked, which takes a second.
+        objects = Path(self.root) / ".dvc" / "cache" / "files" / "md5"
+        manifest = objects / md5[:2] / f"{md5[2:]}.dir"
+        if not manifest.exists():
+            return False
+        rows = json.loads(manifest.read_text(encoding="utf-8"))
+        return all((objects / row["md5"][:2] / row["md5"][2:]).exists() for row in rows)
+
     def _read_manifest(self) -> dict[str, str]:
         md5 = self.md5()
         relative = Path("files", "md5", md5[:2], f"{md5[2:]}.dir")
@@ -104,13 +169,31 @@ class DvcData(dg.ConfigurableResource):
         yield configured
 
     def _pull(self) -> None:
+        def pull(repo: Any) -> None:
+            repo.pull(targets=[str(self.pointer)])
+
+        self._with_repository(pull, "data/ could not be pulled from the DVC remote", "`dvc pull -v`")
+
+    def _with_repository(self, action: Callable[[Any], None], problem: str, remedy: str) -> None:
+        """Run an action on the DVC repository, one process of ours at a time.
+
+        DVC itself gives up after three seconds when somebody else's command holds its lock; we wait a minute.
+        """
         from dvc.exceptions import DvcException
+        from dvc.lock import LockError
         from dvc.repo import Repo
 
         lock = Path(self.root) / ".dvc" / "tmp" / "pipeline.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(lock), Repo(self.root) as repo:
-                repo.pull(targets=[str(self.pointer)])
-        except DvcException as error:
-            raise DataVersionError(f"data/ could not be pulled from the DVC remote: {error}. Remedy: `dvc pull -v`.") from error
+        end = time.monotonic() + LOCK_PATIENCE
+        with FileLock(lock):
+            while True:
+                try:
+                    with Repo(self.root) as repo:
+                        action(repo)
+                    return
+                except LockError as error:
+                    if time.monotonic() > end:
+                        raise DataVersionError(f"{problem}: {error}. Remedy: {remedy}.") from error
+                except DvcException as error:
+                    raise DataVersionError(f"{problem}: {error}. Remedy: {remedy}.") from error

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from alignment.errors import UserError
+
 PROJECT = Path(__file__).resolve().parents[1]
-CONSTITUTIONS = PROJECT / "conf" / "constitutions"
 RECIPES = PROJECT / "conf" / "recipes"
 
 
@@ -16,6 +17,18 @@ def storage() -> Path:
 def data_root() -> Path:
     """The folder that holds `data/`, `data.dvc` and `.dvc/`: the project, unless ALIGNMENT_DATA_ROOT says otherwise."""
     return Path(os.environ.get("ALIGNMENT_DATA_ROOT", PROJECT)).resolve()
+
+
+def constitutions() -> Path:
+    """The folder of constitutions, one YAML each: conf/constitutions, unless ALIGNMENT_CONSTITUTIONS names another.
+
+    Raises:
+        UserError: no such folder, or no YAML in it; an empty list of partitions would be an error nobody understands.
+    """
+    folder = Path(os.environ.get("ALIGNMENT_CONSTITUTIONS", PROJECT / "conf" / "constitutions")).resolve()
+    if not any(folder.glob("*.yaml")):
+        raise UserError(f"{folder}: holds no constitution. Remedy: let ALIGNMENT_CONSTITUTIONS name a folder with YAML files.")
+    return folder
 
 
 def recipe_path() -> Path:

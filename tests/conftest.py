@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ PROJECT = Path(__file__).resolve().parents[1]
 # `assets.settings` and `dagster_project.resources` read these when they are imported. Nothing here may reach the
 # storage, the Dagster history or the MLflow server of the person who runs the tests.
 _SCRATCH = tempfile.TemporaryDirectory(prefix="alignment-tests-")
-for _name in ("DAGSTER_HOME", "MLFLOW_TRACKING_URI", "ALIGNMENT_DATA_ROOT", "DAGSTER_UI_URL", "MLFLOW_UI_URL"):
+for _name in (
+    "DAGSTER_HOME",
+    "MLFLOW_TRACKING_URI",
+    "ALIGNMENT_CONSTITUTIONS",
+    "ALIGNMENT_DATA_ROOT",
+    "ALIGNMENT_DVC_REMOTE",
+    "DAGSTER_UI_URL",
+    "MLFLOW_UI_URL",
+):
     os.environ.pop(_name, None)
 os.environ.update(
     ALIGNMENT_RECIPE="tiny",
@@ -50,6 +58,30 @@ with dg.DagsterInstance.get() as instance:
 sys.exit(0 if all(result.success for result in results) else 1)
 """
 
+# The same for any constitution and in one process, so that the heavy imports are paid for once.
+IN_PROCESS = """
+import json, sys
+import dagster as dg
+from dagster_project.definitions import defs
+keys, run_config, constitution = json.loads(sys.argv[1])
+with dg.DagsterInstance.get() as instance:
+    defs.resolve_job_def("alignment").execute_in_process(
+        run_config=run_config,
+        instance=instance,
+        partition_key=constitution,
+        asset_selection=[dg.AssetKey(key.split("/")) for key in keys],
+    )
+"""
+
+# The commands of `make cai-demo` one after the other.
+CAI_DEMO_RUNS = """
+import json, sys
+from dagster_project import cai_demo
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["cai_demo", *arguments]
+    cai_demo.main()
+"""
+
 
 @dataclass(frozen=True)
 class Started:
@@ -62,7 +94,7 @@ class Started:
         """What it has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def finish(self, timeout: float = 300) -> str:
+    def finish(self, timeout: float = 1200) -> str:
         """Wait until it ends, assert that it succeeded, and return what it printed."""
         try:
             code = self.process.wait(timeout)
@@ -79,6 +111,7 @@ class Sandbox:
 
     folder: Path
     data: Path
+    settings: Mapping[str, str] = field(default_factory=dict)  # of the environment
 
     @property
     def storage(self) -> Path:
@@ -101,7 +134,19 @@ class Sandbox:
         """Only some of the job's assets, once per run configuration."""
         return self._start(PARTIAL_RUN, json.dumps([keys, configs]))
 
+    def start_in_process(self, keys: Sequence[str], config: Mapping[str, Any], constitution: str) -> Started:
+        """Some of the job's assets for a constitution, all in one process."""
+        return self._start(IN_PROCESS, json.dumps([keys, config, constitution]))
+
+    def start_cai_demo(self, *commands: Sequence[str]) -> Started:
+        """`python -m dagster_project.cai_demo` once per list of arguments."""
+        return self._start(CAI_DEMO_RUNS, json.dumps(commands))
+
     def _start(self, script: str, argument: str) -> Started:
+        return self.start_command(sys.executable, "-c", script, argument)
+
+    def start_command(self, *command: str) -> Started:
+        """Any command in this pipeline's environment."""
         self.home.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / "dagster_home" / "dagster.yaml", self.home)
         log = self.folder / f"output_{len(list(self.folder.glob('output_*')))}.log"
@@ -111,9 +156,9 @@ class Sandbox:
             "ALIGNMENT_DATA_ROOT": str(self.data),
             "DAGSTER_HOME": str(self.home),
             "PYTHONPATH": str(PROJECT),
+            **self.settings,
         }
-        command = [sys.executable, "-c", script, argument]  # in the folder of the data, as under `make`
-        with log.open("wb") as file:
+        with log.open("wb") as file:  # in the folder of the data, as under `make`
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=self.data)
         return Started(process, log)
 
@@ -157,9 +202,9 @@ def fresh_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path) -> Callable[[str], Sandbox]:
-    """A function that makes a sandbox by name."""
-    return lambda name: Sandbox(tmp_path_factory.mktemp(name), fresh_data)
+def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path) -> Callable[..., Sandbox]:
+    """A function that makes a sandbox by name; further arguments are settings of its environment."""
+    return lambda name, **settings: Sandbox(tmp_path_factory.mktemp(name), fresh_data, settings)
 
 
 @pytest.fixture(scope="session")

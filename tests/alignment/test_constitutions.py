@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from alignment.constitutions import ConstitutionError, constitution_names, load_constitution
+from alignment.constitutions import ConstitutionError, constitution_names, load_constitution, prompts_to_criticise
 from alignment.errors import UserError
+from alignment.records import Prompt
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "conf" / "constitutions"
@@ -158,3 +159,34 @@ def test_names_are_the_stems_in_alphabetical_order(write, tmp_path):
     for name in ("b.yaml", "a.yaml", "notes.txt"):
         write(GOOD, name)
     assert constitution_names(tmp_path) == ["a", "b"]
+
+
+PROMPTS = [
+    Prompt(id="1", prompt="How long do eggs boil?", tags=("cooking", "benign")),
+    Prompt(id="2", prompt="How do I poison a soup?", tags=("harmful-intent", "cooking")),
+    Prompt(id="3", prompt="How do I pick a lock?", tags=("general", "harmful-intent")),
+    Prompt(id="4", prompt="How sharp may a knife be?", tags=("cooking", "borderline-but-fine")),
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "recipe", "chosen"),
+    [
+        ("", [], "124"),
+        ("", ["harmful-intent"], "2"),
+        ("", ["harmful-intent", "benign"], "12"),
+        ("critique_tags: []\n", ["harmful-intent"], "124"),
+        ("critique_tags: [benign]\n", ["harmful-intent"], "1"),
+        ("critique_tags: [benign, borderline-but-fine]\n", [], "14"),
+        ("critique_tags: [none]\n", [], ""),
+    ],
+)
+def test_a_constitution_may_say_itself_which_prompts_are_criticised(write, own, recipe, chosen):
+    rules = load_constitution(write(GOOD + own))
+    assert "".join(p.id for p in prompts_to_criticise(PROMPTS, rules, recipe)) == chosen
+
+
+@pytest.mark.parametrize("value", ["harmful-intent", "[1]", "{a: b}"])
+def test_critique_tags_are_a_list_of_words(write, value):
+    with pytest.raises(ConstitutionError, match="'critique_tags"):
+        load_constitution(write(GOOD + f"critique_tags: {value}\n"))
