@@ -436,8 +436,10 @@ def real_server(tmp_path_factory):
     with log.open("wb") as file:
         process = subprocess.Popen([*command, "--dtype", "float32", "--device", "cpu"], stdout=file, stderr=file, env=env)
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 600
+        while True:
             assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
                 break
