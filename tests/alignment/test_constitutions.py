@@ -82,8 +82,8 @@ FEW_SHOT = (
     GOOD.replace("id: kind", "id: kind\n    critique_request: Where is it unkind?\n    revision_request: Make it kind.")
     + """\
 examples:
-  - {prompt: Is he right?, response: "No, you fool.", critique: It insults., revision: "No.", principle: kind}
-  - {prompt: Is it late?, response: Not yet., critique: No violations found.}
+  - {prompt: "Is he right?", response: "No, you fool.", critique: It insults., revision: "No.", principle: kind}
+  - {prompt: "Is it late?", response: Not yet., critique: No violations found.}
 """
 )
 

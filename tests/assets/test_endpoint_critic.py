@@ -47,7 +47,7 @@ def story(new_sandbox) -> SimpleNamespace:
         runs = [config(server.url), config(server.url, force=True), config(server.url, model="down")]
         job = sandbox.start_assets(ASSETS, *runs)
         try:
-            code = job.process.wait(840)
+            code = job.process.wait(1700)
         finally:
             job.process.kill()
         return SimpleNamespace(sandbox=sandbox, said=job.text(), code=code, server=server)

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,16 @@ from chat_server import ChatServer, completion, echo, forward
 from pydantic import ValidationError
 
 import resources.endpoint
-from alignment.critic import AnswererSettings
+from alignment.constitutions import load_constitution
+from alignment.critic import AnswererSettings, LocalAnswerer
+from alignment.critique import CritiqueConfig, critique_and_revise
 from alignment.errors import UserError
 from alignment.fingerprint import identity
 from alignment.generation import Completion, SamplingSettings
+from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer
 from alignment.progress import Log
+from alignment.records import Prompt
+from alignment.tiny_model import build_tiny_model
 from resources.endpoint import EndpointAnswerer, EndpointError, option_probabilities
 
 KEY = "sk-recognisable-4711-0815-secret"
@@ -421,51 +427,71 @@ def test_a_key_with_a_line_break_is_refused_without_being_told(answerer, monkeyp
 # --- A real server ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real_server(tmp_path_factory):
-    """`transformers serve` with a tiny model: its address and the model's folder."""
-    from alignment.tiny_model import build_tiny_model
-
-    folder = build_tiny_model(tmp_path_factory.mktemp("served") / "llama")
+@contextmanager
+def serving(folder, log):
+    """`transformers serve` with the model in a folder; its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [Path(sys.executable).parent / "transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = folder.parent / "serve.log"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as file:
         process = subprocess.Popen([*command, "--dtype", "float32", "--device", "cpu"], stdout=file, stderr=file, env=env)
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 600
+        while True:
             assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
                 break
             except OSError:
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1", folder
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         process.wait(30)
 
 
-def test_a_real_server_behind_faults_answers_as_without_them_and_as_the_model_in_this_process(real_server, answerer):
-    from alignment.critic import LocalAnswerer
-    from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer
+def with_and_without_faults(answerer, folder, tmp_path, tokens, timeout):
+    """Critique and revise with a real server as sampler and critic, and the same behind a proxy that makes faults."""
+    greedy = SamplingSettings(temperature=0.0, max_new_tokens=tokens)
+    config = CritiqueConfig(rounds=1, answer=greedy, critique=greedy, revision=greedy)
+    rules = load_constitution(Path(__file__).parents[2] / "conf" / "constitutions" / "general.yaml")
+    prompts = [Prompt(id=f"p{i}", prompt=c[0]["content"]) for i, c in enumerate(CONVERSATIONS[:6])]
+    with serving(folder, tmp_path / "serve.log") as url:
+        results = []
+        for name, faults in (("calm", [None]), ("stormy", FAULTS)):
+            with ChatServer(forward(url), faults=faults) as server:
+                server.patience = 1.5 * timeout
+                who = answerer(server, cache=f"{name} cache", model=str(folder), timeout=timeout, retries=8)
+                (tmp_path / name).mkdir()
+                results.append(critique_and_revise(who, who, prompts, rules, config, work=tmp_path / name))
+        assert server.failed.keys() == set(FAULTS)
+        again = answerer(server, cache="stormy cache", model=str(folder))
+        (tmp_path / "again").mkdir()
+        results.append(critique_and_revise(again, again, prompts, rules, config, work=tmp_path / "again"))  # asks nobody
+    calm, stormy, again = results
+    assert stormy == calm == again
+    return calm
 
-    url, folder = real_server
-    greedy = SamplingSettings(temperature=0.0, max_new_tokens=8)
-    with ChatServer(forward(url)) as direct, ChatServer(forward(url), faults=FAULTS) as faulty:
-        faulty.patience = 30.0
-        calm = ask(answerer(direct, model=str(folder), timeout=60.0), settings=greedy)
-        said = []
-        stormy = ask(answerer(faulty, cache="other", model=str(folder), timeout=20.0, retries=8), settings=greedy, said=said)
-        assert stormy == calm
-        assert faulty.failed == dict.fromkeys(FAULTS, 2)
-        assert answerer(direct, model=str(folder), timeout=60.0).choose(CONVERSATIONS[:1], ["A", "B"]) == [None]
+
+def test_a_real_server_behind_faults_gives_the_pairs_that_it_gives_without_them(answerer, tmp_path):
+    folder = build_tiny_model(tmp_path / "llama")
+    calm = with_and_without_faults(answerer, folder, tmp_path, tokens=8, timeout=20.0)
     model = load_causal_lm(ModelFiles(folder), LoadSettings(dtype="float32"))
-    local = LocalAnswerer(model, load_tokenizer(folder)).answer(CONVERSATIONS, greedy, seeds=SEEDS)
-    assert [(a.text, a.ended) for a in calm] == [(a.text, a.ended) for a in local]
+    greedy = SamplingSettings(temperature=0.0, max_new_tokens=8)
+    local = LocalAnswerer(model, load_tokenizer(folder)).answer(CONVERSATIONS[:6], greedy, seeds=SEEDS[:6])
+    assert [r.initial for r in calm] == [a.text for a in local]  # the model in this process says the same
+
+
+@pytest.mark.slow
+def test_the_embedded_model_behind_a_real_server_and_faults(answerer, tmp_path):
+    found = sorted((Path(__file__).parents[2] / "storage" / "artifacts" / "base_model").glob("*/model"))
+    if not found:
+        pytest.skip("storage/ holds no base_model: run `make demo` first")
+    calm = with_and_without_faults(answerer, found[0], tmp_path, tokens=24, timeout=60.0)
+    assert all(r.initial for r in calm)
 
 
 def test_cached_answers_hold_no_prompt(answerer, tmp_path):
