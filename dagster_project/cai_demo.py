@@ -2,7 +2,7 @@
 
     python -m dagster_project.cai_demo [--constitution general] [--prompts file] [--config run.yaml]
 
-The run is the job `cai_demo` that the UI would launch: the SFT checkpoint and the judge are built if they are missing, and
+The run is the job `critique_and_revise` that the UI would launch: the SFT checkpoint and the judge are built if they are missing, and
 reused otherwise.
 """
 

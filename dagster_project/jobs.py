@@ -15,7 +15,7 @@ alignment_job = dg.define_asset_job(
 )
 
 cai_demo_job = dg.define_asset_job(
-    "cai_demo",
+    "critique_and_revise",  # not the asset's name: Dagster wants names of jobs and of assets' ops to differ
     selection=dg.AssetSelection.assets("cai_demo").upstream() - dg.AssetSelection.assets("data"),
     executor_def=executor,
     description="Your prompts through critique and revise, initial against revised side by side: in the asset's summary, in the "
