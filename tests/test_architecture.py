@@ -39,8 +39,16 @@ def test_loading_the_definitions_imports_nothing_heavy(python):
     assert set(done.stdout.split()) & set(HEAVY) == set()
 
 
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_definitions_validate_in_three_seconds_of_cpu_time(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Or in five times what `import dagster` takes: three and a half are usual, and slow machines need most of a second for it."""
+    start = cpu_seconds_of_children()
+    subprocess.run([sys.executable, "-c", "import dagster"], check=True, timeout=120)
+    before = cpu_seconds_of_children()
     done = subprocess.run(
         [BIN / "dagster", "definitions", "validate", "-w", PROJECT / "workspace.yaml"],
         cwd=tmp_path,  # the workspace file works from any folder
@@ -49,10 +57,10 @@ def test_definitions_validate_in_three_seconds_of_cpu_time(tmp_path):
         text=True,
         timeout=120,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    after = cpu_seconds_of_children()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Validation successful for code location alignment" in done.stdout + done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 3
+    assert after - before <= max(3, 5 * (before - start))
 
 
 def test_the_library_imports_without_orchestrator_tracker_and_data_versioning(python):
