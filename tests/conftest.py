@@ -52,10 +52,10 @@ PARTIAL_RUN = """
 import json, sys
 import dagster as dg
 from dagster_project.demo import run_alignment
-keys, run_configs = json.loads(sys.argv[1])
+keys, run_config = json.loads(sys.argv[1])
 with dg.DagsterInstance.get() as instance:
-    results = [run_alignment(instance, "general", run_config, keys) for run_config in run_configs]
-sys.exit(0 if all(result.success for result in results) else 1)
+    result = run_alignment(instance, "general", run_config, keys)
+sys.exit(0 if result.success else 1)
 """
 
 # The same for any constitution and in one process, so that the heavy imports are paid for once.
@@ -130,9 +130,9 @@ class Sandbox:
             commands.append(["--config", str(path)] if config else [])
         return self._start(DEMO_RUNS, json.dumps(commands))
 
-    def start_assets(self, keys: Sequence[str], *configs: Mapping[str, Any]) -> Started:
-        """Only some of the job's assets, once per run configuration."""
-        return self._start(PARTIAL_RUN, json.dumps([keys, configs]))
+    def start_assets(self, keys: Sequence[str], config: Mapping[str, Any]) -> Started:
+        """Only some of the job's assets."""
+        return self._start(PARTIAL_RUN, json.dumps([keys, config]))
 
     def start_in_process(self, keys: Sequence[str], config: Mapping[str, Any], constitution: str) -> Started:
         """Some of the job's assets for a constitution, all in one process."""
