@@ -20,7 +20,7 @@ from alignment.chat import prompt_ids
 from alignment.context_length import position_limit
 from alignment.fingerprint import identity, layout
 from alignment.generation import Completion, SamplingSettings, generate
-from alignment.likelihood import answer_log_probs
+from alignment.likelihood import answer_log_probs, first_token_log_probs
 from alignment.models import Config
 from alignment.progress import SILENT, Log
 
@@ -137,14 +137,20 @@ class LocalAnswerer:
 
         A conversation that is longer than the model can read is one of which it cannot be told.
         """
+        tokens = [self._tokenizer(o, add_special_tokens=False)["input_ids"] for o in options]
         limit = position_limit(self._model)
         if limit < math.inf:
-            limit -= max((len(self._tokenizer(o, add_special_tokens=False)["input_ids"]) for o in options), default=0)
+            limit -= max(map(len, tokens), default=0)
         readable = [limit == math.inf or len(prompt_ids(self._tokenizer, c)) <= limit for c in conversations]
-        asked = [c for c, fits in zip(conversations, readable, strict=True) if fits for _ in options]
-        said = list(options) * sum(readable)
-        log_probs = iter(answer_log_probs(self._model, self._tokenizer, asked, said, self._batch_size))
-        return [_normalised([next(log_probs) for _ in options]) if fits else None for fits in readable]
+        asked = [c for c, fits in zip(conversations, readable, strict=True) if fits]
+        if all(len(ids) == 1 for ids in tokens):  # one pass tells all of them
+            firsts = [ids[0] for ids in tokens]
+            rows = iter(first_token_log_probs(self._model, self._tokenizer, asked, firsts, self._batch_size))
+        else:
+            repeated, said = [c for c in asked for _ in options], list(options) * len(asked)
+            log_probs = iter(answer_log_probs(self._model, self._tokenizer, repeated, said, self._batch_size))
+            rows = ([next(log_probs) for _ in options] for _ in asked)
+        return [_normalised(next(rows)) if fits else None for fits in readable]
 
     def probability(self, conversations, answer) -> list[float] | None:
         """See `Answerer.probability`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from alignment.chat import IGNORE, prompt_ids, text_ids
 from alignment.context_length import check_length
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Row = tuple[list[int], list[int]]  # input ids and labels of equal length; labels are -100 where nothing is asked
 
 
@@ -25,8 +26,42 @@ def label_log_probs(
     """
     import torch
 
+    def sums(logits: torch.Tensor, targets: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+        logp = logits.log_softmax(-1).gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
+        return torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp).sum(-1).tolist()
+
+    return _read_labelled(model, tokenizer, rows, batch_size, sums)
+
+
+def first_token_log_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    tokens: Sequence[int],
+    batch_size: int,
+) -> list[list[float]]:
+    """For each conversation, log p(token | conversation) of each of the tokens as the answer's first, in one pass."""
+    rows = []
+    for conversation in conversations:
+        before = prompt_ids(tokenizer, conversation)
+        rows.append(([*before, tokens[0]], [*[IGNORE] * len(before), tokens[0]]))
+    # One labelled position a row, so the logits are (B, V).
+    return _read_labelled(model, tokenizer, rows, batch_size, lambda logits, *_: logits.log_softmax(-1)[:, list(tokens)].tolist())
+
+
+def _read_labelled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int,
+    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[T]],
+) -> list[T]:
+    # `read` makes one value per row of a batch's logits (N, V) at its N labelled positions, its targets and where they are
+    # labelled, (B, T - 1) both.
+    import torch
+
     check_length(model, max((len(ids) for ids, _ in rows), default=0), "a text to score", "leave it out, or shorten it")
-    out: dict[int, float] = {}
+    out: dict[int, T] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain: bool | None = None
@@ -47,10 +82,8 @@ def label_log_probs(
             wanted = targets != IGNORE
             if plain is None:
                 plain = only_projects(inner, {name: tensor[:1] for name, tensor in batch.items()})
-            logits = next_token_logits(inner, batch, wanted, plain)
-            logp = logits.log_softmax(-1).gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
-            sums = torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp).sum(-1)
-        out |= dict(zip(picks, sums.tolist(), strict=True))
+            values = read(next_token_logits(inner, batch, wanted, plain), targets, wanted)
+        out |= dict(zip(picks, values, strict=True))
     return [out[i] for i in range(len(rows))]
 
 

@@ -321,6 +321,17 @@ def test_the_probabilities_are_those_of_the_options(collect, local, model, token
     assert c.judgement.a_first == pytest.approx(a / (a + b), abs=1e-5)
 
 
+@pytest.mark.parametrize("options", [("A", "B", "C"), ("(A)", "(B)"), ("A", "Both")], ids=str)
+def test_a_local_model_is_asked_for_whole_options(local, model, tokenizer, options):
+    from alignment.likelihood import answer_log_probs
+
+    asked = [[{"role": "user", "content": "Which?" * n}] for n in (3, 1, 2)]
+    for conversation, chosen in zip(asked, local.choose(asked, options), strict=True):
+        log_probs = answer_log_probs(model, tokenizer, [conversation] * len(options), list(options), 2)
+        total = sum(map(math.exp, log_probs))
+        assert chosen == pytest.approx([math.exp(lp) / total for lp in log_probs], abs=1e-4)
+
+
 @pytest.mark.parametrize("thought", [False, True])
 def test_batch_sizes_chunks_and_order_change_nothing(collect, model, tokenizer, thought):
     changes = {"chain_of_thought": thought, "reasoning": {"temperature": 1.0, "max_new_tokens": 6}}
