@@ -2,7 +2,7 @@
 
     python -m dagster_project.cai_demo [--constitution general] [--prompts file] [--config run.yaml]
 
-The run is the job `critique_and_revise` that the UI would launch: the SFT checkpoint and the judge are built if they are missing, and
+The run is the job `cai_demo` that the UI would launch: the SFT checkpoint and the judge are built if they are missing, and
 reused otherwise.
 """
 
@@ -49,14 +49,14 @@ def main() -> None:
             prompts = prompts_of(arguments.prompts)
         except UserError as error:
             sys.exit(str(error))
-        config.setdefault("ops", {}).setdefault("cai_demo", {}).setdefault("config", {})["prompts"] = prompts
+        config.setdefault("ops", {}).setdefault("revised_examples", {}).setdefault("config", {})["prompts"] = prompts
     print(f"critique and revise: recipe {RECIPE.name}, constitution {arguments.constitution}", flush=True)
     with dg.DagsterInstance.get() as instance:
         result = execute(instance, cai_demo, arguments.constitution, config)
         failed = [e.step_key for e in instance.all_logs(result.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)]
         if not result.success:
             sys.exit(f"FAILED: {', '.join(str(key) for key in failed)}. The lines above say why.")
-        (event,) = result.filter_events(lambda e: e.is_step_materialization and e.asset_key == dg.AssetKey("cai_demo"))
+        (event,) = result.filter_events(lambda e: e.is_step_materialization and e.asset_key == dg.AssetKey("revised_examples"))
         metadata = event.step_materialization_data.materialization.metadata
     table = Path(metadata["artifact"].value) / "revisions.jsonl"
     rows = [json.loads(line) for line in table.read_text(encoding="utf-8").split("\n") if line]

@@ -4,12 +4,12 @@ import dagster as dg
 
 from assets.ai_feedback import ai_feedback
 from assets.base_model import base_model
-from assets.cai_demo import cai_demo
 from assets.champion import champion
 from assets.checks import nothing_leaks
 from assets.constitutional import constitutional_preference_pairs
 from assets.data import data, human_preferences, prompts, sft_dataset
 from assets.policies import policies, reports
+from assets.revised_examples import revised_examples
 from assets.reward_models import evaluator, human_reward_model, reward_model
 from assets.settings import check_recipe
 from assets.sft import sft_checkpoint
@@ -32,7 +32,7 @@ defs = dg.Definitions(
         human_reward_model,
         constitutional_preference_pairs,
         ai_feedback,
-        cai_demo,
+        revised_examples,
         reward_model,
         evaluator,
         sft_report,

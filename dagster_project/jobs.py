@@ -7,7 +7,7 @@ from dagster_project.executor import executor
 # Everything, from data to champion. Unpartitioned assets are part of each run and reused, not retrained.
 alignment_job = dg.define_asset_job(
     "alignment",
-    selection=dg.AssetSelection.all() - dg.AssetSelection.assets("data", "cai_demo"),
+    selection=dg.AssetSelection.all() - dg.AssetSelection.assets("data", "revised_examples"),
     executor_def=executor,
     description="The whole pipeline for one constitution: data, SFT, constitutional pairs, reward models, policies, "
     "reports, champion. What has not changed is reused.",
@@ -15,10 +15,10 @@ alignment_job = dg.define_asset_job(
 )
 
 cai_demo_job = dg.define_asset_job(
-    "critique_and_revise",  # not the asset's name: Dagster wants names of jobs and of assets' ops to differ
-    selection=dg.AssetSelection.assets("cai_demo").upstream() - dg.AssetSelection.assets("data"),
+    "cai_demo",
+    selection=dg.AssetSelection.assets("revised_examples").upstream() - dg.AssetSelection.assets("data"),
     executor_def=executor,
     description="Your prompts through critique and revise, initial against revised side by side: in the asset's summary, in the "
-    "table revisions.json in MLflow, and in the terminal with `make cai-demo`. The prompts are in the config of cai_demo.",
+    "table revisions.json in MLflow, and in the terminal with `make cai-demo`. The prompts are config of revised_examples.",
     tags={"dagster/max_runtime": 24 * 3600},
 )

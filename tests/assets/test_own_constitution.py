@@ -95,15 +95,15 @@ def demo(run, folder):
     command = ["--constitution", "cooking", "--prompts", str(path)]
     output = run.sandbox.start_cai_demo(command, command).finish()
     _, first, again = output.split("critique and revise: recipe tiny, constitution cooking\n")
-    (artifact,) = run.sandbox.artifacts("cai_demo")
+    (artifact,) = run.sandbox.artifacts("revised_examples")
     return SimpleNamespace(first=first, again=again, artifact=artifact)
 
 
 def test_the_demo_trains_nothing_anew(demo):
     for asset in set(SHARED) - {"prompts"}:
         assert f"reusing {asset} " in demo.first
-    assert "reusing cai_demo " not in demo.first
-    assert "reusing cai_demo " in demo.again
+    assert "reusing revised_examples " not in demo.first
+    assert "reusing revised_examples " in demo.again
 
 
 def test_the_demo_shows_initial_and_revised_side_by_side_also_when_it_is_reused(demo):
@@ -117,7 +117,7 @@ def test_the_demo_shows_initial_and_revised_side_by_side_also_when_it_is_reused(
 
 
 def test_the_demos_table_is_in_mlflow_and_in_the_artifact(demo, run):
-    attempts = run.sandbox.mlflow_runs({"dagster.asset_key": "cai_demo"})
+    attempts = run.sandbox.mlflow_runs({"dagster.asset_key": "revised_examples"})
     path = run.sandbox.storage / "mlartifacts" / attempts[0].info.run_id / "artifacts" / "revisions.json"
     table = json.loads(path.read_text())
     logged = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]

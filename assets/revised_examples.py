@@ -1,4 +1,4 @@
-"""`cai_demo[c]`: a handful of prompts through critique and revise, for people to compare initial and revised answers."""
+"""`revised_examples[c]`: a handful of prompts through critique and revise, for people to compare initial and revised answers."""
 
 import dagster as dg
 
@@ -16,11 +16,11 @@ from resources.dvc_data import DvcData
 from resources.tracking import MlflowTracking
 
 # The recipe's settings of the real stage, so that the demo shows what the pairs are made of.
-LaunchConfig = launch_config("cai_demo", recipe_config("constitutional_preference_pairs", CritiqueDemoConfig))
+LaunchConfig = launch_config("revised_examples", recipe_config("constitutional_preference_pairs", CritiqueDemoConfig))
 
 
 @dg.asset(partitions_def=PARTITIONS, **dressed("constitutional", {"transformers"}, gpu=True))
-def cai_demo(
+def revised_examples(
     context: dg.AssetExecutionContext,
     config: LaunchConfig,  # type: ignore[valid-type]
     sft_checkpoint: Checkpoint,
