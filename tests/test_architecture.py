@@ -45,7 +45,7 @@ def cpu_seconds_of_children() -> float:
 
 
 def test_definitions_validate_in_three_seconds_of_cpu_time(tmp_path):
-    """Or in five times what `import dagster` takes: three and a half are usual, and slow machines need most of a second for it."""
+    """Or in five times what `import dagster` takes: three and a half are usual, and slow machines need a second for that."""
     start = cpu_seconds_of_children()
     subprocess.run([sys.executable, "-c", "import dagster"], check=True, timeout=120)
     before = cpu_seconds_of_children()
