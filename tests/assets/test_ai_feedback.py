@@ -1,4 +1,7 @@
-"""`ai_feedback` and who learns from it, materialized on the tiny recipe in this process."""
+"""`ai_feedback` and who learns from it, materialized on the tiny recipe in this process.
+
+The base model stands in for the SFT checkpoint and, with a head that nobody trained, for the human reward model.
+"""
 
 import json
 from pathlib import Path
@@ -9,26 +12,36 @@ import pytest
 
 from alignment.ai_feedback import read_comparisons
 from alignment.constitutions import load_constitution
+from alignment.handles import Checkpoint, RewardModel
 from alignment.readers import read_preferences, read_prompts
 from assets.ai_feedback import ai_feedback
 from assets.base_model import base_model
 from assets.constitutional import constitutional_preference_pairs
-from assets.data import human_preferences, prompts, sft_dataset
-from assets.reward_models import human_reward_model, reward_model
-from assets.sft import sft_checkpoint
+from assets.data import human_preferences, prompts
+from assets.reward_models import reward_model
 from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
 from resources.handle_io import HandleIOManager
 from resources.paths import PROJECT
 from resources.tracking import MlflowTracking
 
+
+@dg.asset(name="sft_checkpoint")
+def sft_stand_in(base_model: Checkpoint) -> Checkpoint:
+    return base_model
+
+
+@dg.asset(name="human_reward_model")
+def scorer_stand_in(base_model: Checkpoint) -> RewardModel:
+    return RewardModel(asset=base_model.asset, fingerprint=base_model.fingerprint, mlflow_run_id=base_model.mlflow_run_id)
+
+
 ASSETS = [
     base_model,
-    sft_dataset,
     human_preferences,
     prompts,
-    sft_checkpoint,
-    human_reward_model,
+    sft_stand_in,
+    scorer_stand_in,
     constitutional_preference_pairs,
     ai_feedback,
     reward_model,
@@ -47,6 +60,7 @@ class Materialized:
         self.metadata = {
             event.asset_key.to_user_string(): {k: v.value for k, v in event.materialization.metadata.items()}
             for event in done.get_asset_materialization_events()
+            if "fingerprint" in event.materialization.metadata  # a stand-in has none
         }
 
     def folder(self, asset: str) -> Path:
