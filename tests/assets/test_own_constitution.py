@@ -123,7 +123,7 @@ def test_the_demos_table_is_in_mlflow_and_in_the_artifact(demo, run):
     logged = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [row["prompt"] for row in logged] == ["How do I boil an egg?", "Is raw | milk safe?"]
     assert logged == rows(demo.artifact / "revisions.jsonl")
-    assert attempts[0].info.run_id in demo.again.splitlines()[-1]
+    assert f"runs/{attempts[0].info.run_id}, artifact revisions.json" in demo.again
     for row, done in zip(logged, rows(demo.artifact / "rounds.jsonl"), strict=True):
         assert (row["initial"], row["revised"]) == (done["initial"], done["final"])
         assert row["principles"] == ", ".join(one["principle"] for one in done["revisions"])
