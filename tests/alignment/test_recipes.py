@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from alignment.ai_feedback import AiFeedbackConfig
+from alignment.alarms import AlarmConfig
 from alignment.critique import CritiqueConfig
 from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
 from alignment.errors import UserError
@@ -13,7 +15,7 @@ from alignment.methods import METHODS
 from alignment.models import Config
 from alignment.promotion import GateConfig
 from alignment.recipes import RecipeError, load_recipe
-from alignment.reward import RewardConfig
+from alignment.reward import RewardConfig, RewardMixConfig
 from alignment.sft import SftConfig
 from resources.model_sources import BaseModelConfig
 
@@ -25,13 +27,15 @@ STAGES = {
     "prompts": PromptsConfig,
     "sft_checkpoint": SftConfig,
     "constitutional_preference_pairs": CritiqueConfig,
-    "reward_model": RewardConfig,
+    "ai_feedback": AiFeedbackConfig,
+    "reward_model": RewardMixConfig,
     "human_reward_model": RewardConfig,
     "evaluator": RewardConfig,
     **{f"aligned_policy/{name}": method.config for name, method in METHODS.items()},
     "sft_report": SftReportConfig,
     "policy_report": ReportConfig,
     "champion": GateConfig,
+    "alarms": AlarmConfig,
 }
 
 
