@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import alignment
-from alignment.constitutions import Constitution, Principle
+from alignment.constitutions import Constitution, CritiqueExample, Principle
 from alignment.fingerprint import fingerprint, identity
 from alignment.methods import METHODS
 from alignment.methods.dpo import DpoConfig
@@ -42,6 +42,7 @@ LAYOUT = {
 PRINCIPLE = Principle(id="honest", text="Be honest.")
 WITHOUT_DEFAULTS = {
     Principle: PRINCIPLE,
+    CritiqueExample: CritiqueExample(prompt="p", response="r", critique="c", revision="v"),
     Constitution: Constitution(name="general", description="d", prompt_tags=("general",), principles=(PRINCIPLE,), text="t"),
     Rule: Rule(name="length", passed=True, reason="1 against 1"),
     DpoConfig: DpoConfig(loss_type="robust", label_smoothing=0.1),  # the loss that has a place for it
