@@ -11,7 +11,11 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import alignment
+from alignment.ai_feedback import AiFeedbackConfig
 from alignment.constitutions import Constitution, CritiqueExample, Principle
+from alignment.critic import AnswererSettings
+from alignment.critique import CritiqueConfig
+from alignment.critique_demo import CritiqueDemoConfig
 from alignment.fingerprint import fingerprint, identity
 from alignment.methods import METHODS
 from alignment.methods.dpo import DpoConfig
@@ -30,7 +34,12 @@ LAYOUT = {
     ("FilterSettings", "min_share_kept"),
     ("CritiqueConfig", "chunk"),
     ("CritiqueConfig", "score_batch_size"),
+    ("CritiqueDemoConfig", "chunk"),
+    ("CritiqueDemoConfig", "score_batch_size"),
     ("AiFeedbackConfig", "chunk"),
+    *(("AnswererSettings", name) for name in ("base_url", "api_key_env", "limit_key", "concurrency", "timeout", "retries")),
+    *(("AnswererSettings", name) for name in ("max_retry_wait", "max_tokens_budget", "max_cost")),
+    *(("AnswererSettings", name) for name in ("price_prompt", "price_completion")),
     ("RewardConfig", "score_batch_size"),
     ("RewardMixConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
@@ -40,10 +49,15 @@ LAYOUT = {
     *((method, "score_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
 }
 PRINCIPLE = Principle(id="honest", text="Be honest.")
+ANSWERER = AnswererSettings(model="m", price_prompt=1.0)  # fit to be an endpoint, and to have a budget
 WITHOUT_DEFAULTS = {
     Principle: PRINCIPLE,
     CritiqueExample: CritiqueExample(prompt="p", response="r", critique="c", revision="v"),
     Constitution: Constitution(name="general", description="d", prompt_tags=("general",), principles=(PRINCIPLE,), text="t"),
+    AnswererSettings: ANSWERER,
+    CritiqueConfig: CritiqueConfig(sampler=ANSWERER, critic=ANSWERER),
+    CritiqueDemoConfig: CritiqueDemoConfig(sampler=ANSWERER, critic=ANSWERER),
+    AiFeedbackConfig: AiFeedbackConfig(policy=ANSWERER, judge=ANSWERER),
     Rule: Rule(name="length", passed=True, reason="1 against 1"),
     DpoConfig: DpoConfig(loss_type="robust", label_smoothing=0.1),  # the loss that has a place for it
 }
@@ -103,7 +117,10 @@ def other_values(value, annotation):
         return [value + "x"]
     if isinstance(value, list | tuple):
         halved = [[v / 2 for v in value]] if value and all(isinstance(v, float) for v in value) else []
-        return [[*value, "x"], [*value, {"id": "second", "text": "Be kind."}], *halved]
+        principle, worked = {"id": "second", "text": "Be kind."}, {"prompt": "p", "response": "r", "critique": "c", "revision": "v"}
+        return [[*value, "x"], [*value, principle], [*value, worked], *halved]
+    if value is None:
+        return ["x", ["x"]]
     return []
 
 
