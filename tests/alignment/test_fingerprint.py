@@ -117,7 +117,8 @@ def other_values(value, annotation):
         return [value + "x"]
     if isinstance(value, list | tuple):
         halved = [[v / 2 for v in value]] if value and all(isinstance(v, float) for v in value) else []
-        principle, worked = {"id": "second", "text": "Be kind."}, {"prompt": "p", "response": "r", "critique": "c", "revision": "v"}
+        principle = {"id": "second", "text": "Be kind."}
+        worked = {"prompt": "p", "response": "r", "critique": "c", "revision": "v"}
         return [[*value, "x"], [*value, principle], [*value, worked], *halved]
     if value is None:
         return ["x", ["x"]]
