@@ -510,7 +510,6 @@ def critic_finds_something(bounds: AlarmConfig, share: float) -> tuple[bool, str
     ["share_compared", "prompts"],
     "see dropped/* for the reasons: raise answer.temperature for identical answers and answer.max_new_tokens for truncated ones, "
     "and use a judge whose option probabilities can be read.",
-    "error",
 )
 def share_compared(bounds: AlarmConfig, share: float, prompts: float) -> tuple[bool, str]:
     """Enough of the prompts end in two answers that the judge could compare; what it could not is no score."""
