@@ -1,13 +1,13 @@
 """PPO: memory of one base against four models, and speed beside the last PPO that TRL shipped (1.12, `trl.experimental.ppo`).
 
-    python -m benchmarks.ppo MODEL [--adapter FOLDER | --random-1b] [--trl FOLDER] [--dtype bfloat16] [--new-tokens 48]
+    python -m benchmarks.ppo MODEL [--adapter FOLDER | --random-layers N] [--trl FOLDER] [--dtype bfloat16] [--new-tokens 48]
 
 MODEL is the folder of a causal language model with a chat template, the adapter a checkpoint over it (an SFT checkpoint, whose
-answers end by themselves) that is merged first; with --random-1b the weights are random ones of 1.1 billion parameters, whose
-answers never end. The other folder is one into which TRL 1.12's wheel was unpacked. Every side is a process of its own with the
-same base, prompts, adapters (LoRA r 16 on all linear layers; for TRL inside policy, value and reward model), batch, length limit,
-temperature and PPO epochs; the reward model has a random head. The first step, which includes what is set up once, is not timed.
-Prints a Markdown table.
+answers end by themselves) that is merged first. --random-layers takes random weights instead: a Llama 2048 wide, of 0.1 billion
+parameters and 44 million more a layer (22 layers: TinyLlama's shape), whose answers never end. The other folder is one into which
+TRL 1.12's wheel was unpacked. Every side is a process of its own with the same base, prompts, adapters (LoRA r 16 on all linear
+layers; for TRL inside policy, value and reward model), batch, length limit, temperature and PPO epochs; the reward model has a
+random head. The first step, which includes what is set up once, is not timed. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--adapter", type=Path)
-    parser.add_argument("--random-1b", action="store_true")
+    parser.add_argument("--random-layers", type=int, default=0)
     parser.add_argument("--trl", type=Path)
     parser.add_argument("--sides", default="", help="numbers of the sides to run, from 0, separated by commas; default all")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -77,10 +77,11 @@ def _start(options: argparse.Namespace, folder: Path) -> Path:
     from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer, resolve_dtype, save_model
 
     tokenizer, load = load_tokenizer(options.model), LoadSettings(dtype="float32")
-    if options.random_1b:
+    if options.random_layers:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+        shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32}
+        shape["num_hidden_layers"] = options.random_layers
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
         config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=4, tie_word_embeddings=True, **shape, **ids)
         model = LlamaForCausalLM(config)
