@@ -11,7 +11,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import alignment
-from alignment.constitutions import Constitution, Principle
+from alignment.ai_feedback import AiFeedbackConfig
+from alignment.constitutions import Constitution, CritiqueExample, Principle
+from alignment.critic import AnswererSettings
+from alignment.critique import CritiqueConfig
 from alignment.fingerprint import fingerprint, identity
 from alignment.methods import METHODS
 from alignment.methods.dpo import DpoConfig
@@ -31,6 +34,9 @@ LAYOUT = {
     ("CritiqueConfig", "chunk"),
     ("CritiqueConfig", "score_batch_size"),
     ("AiFeedbackConfig", "chunk"),
+    *(("AnswererSettings", name) for name in ("base_url", "api_key_env", "limit_key", "concurrency", "timeout", "retries")),
+    *(("AnswererSettings", name) for name in ("max_retry_wait", "max_tokens_budget", "max_cost")),
+    *(("AnswererSettings", name) for name in ("price_prompt", "price_completion")),
     ("RewardConfig", "score_batch_size"),
     ("RewardMixConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
@@ -39,9 +45,15 @@ LAYOUT = {
     *((method, "sample_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
     *((method, "score_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
 }
-PRINCIPLE = Principle(id="honest", text="Be honest.")
+PRINCIPLE = Principle(id="honest", text="Be honest.", critique_request="Where is it not?", revision_request="Mend it.")
+EXAMPLE = CritiqueExample(prompt="Is it?", response="Yes.", critique="It lies.", revision="No.", principle="honest")
+ENDPOINT = AnswererSettings(model="m", price_prompt=1.0)  # complete, so that each field can change alone
 WITHOUT_DEFAULTS = {
     Principle: PRINCIPLE,
+    CritiqueExample: EXAMPLE,
+    AnswererSettings: ENDPOINT,
+    CritiqueConfig: CritiqueConfig(sampler=ENDPOINT, critic=ENDPOINT),
+    AiFeedbackConfig: AiFeedbackConfig(policy=ENDPOINT, judge=ENDPOINT),
     Constitution: Constitution(name="general", description="d", prompt_tags=("general",), principles=(PRINCIPLE,), text="t"),
     Rule: Rule(name="length", passed=True, reason="1 against 1"),
     DpoConfig: DpoConfig(loss_type="robust", label_smoothing=0.1),  # the loss that has a place for it
@@ -102,7 +114,7 @@ def other_values(value, annotation):
         return [value + "x"]
     if isinstance(value, list | tuple):
         halved = [[v / 2 for v in value]] if value and all(isinstance(v, float) for v in value) else []
-        return [[*value, "x"], [*value, {"id": "second", "text": "Be kind."}], *halved]
+        return [[*value, "x"], [*value, {"id": "second", "text": "Be kind."}], [EXAMPLE.model_dump()], *halved]
     return []
 
 
