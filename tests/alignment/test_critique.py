@@ -348,7 +348,7 @@ def loop_with_answers_of_all_lengths(folder, work, pause=0.0):
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] = 0  # as likely as other tokens: half of the answers end before the limit
     model.register_forward_pre_hook(lambda *_: time.sleep(pause))
-    sampling = SamplingSettings(temperature=1.0, max_new_tokens=150, batch_size=16)
+    sampling = SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=150, batch_size=16)
     config = CONFIG.model_copy(update={"answer": sampling, "critique": sampling, "revision": sampling, "chunk": 16, "rounds": 1})
     prompts = [Prompt(id=f"p{i}", prompt=f"Question number {i}" + "?" * (i % 5)) for i in range(16)]
     local = LocalAnswerer(model, tokenizer)
