@@ -12,6 +12,7 @@ CONSTITUTION ?= general
 CONFIG ?=
 METHODS ?=
 PYTEST_MARK ?= not slow
+TEST_JOBS ?= 2
 PROMPTS ?=
 STORAGE := $(CURDIR)/storage
 
@@ -51,8 +52,9 @@ cai-demo: setup
 ui: setup
 	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.ui
 
+# One thread a worker: tiny models gain nothing from more, and two workers with two threads each would wait for one another.
 test: setup
-	$(BIN)/python -m pytest -m "$(PYTEST_MARK)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(PYTEST_MARK)" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
