@@ -128,9 +128,9 @@ def sample_ids(
 
 
 def completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Completion:
-    """The answer that sampled ids spell."""
+    """The answer that sampled ids spell, without NUL characters: no reader of text takes them back."""
     ended = tokenizer.eos_token_id in ids
-    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
+    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).replace("\0", "").strip()
     return Completion(text, len(ids), ended, tuple(ids))
 
 

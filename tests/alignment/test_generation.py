@@ -165,6 +165,13 @@ def test_sampled_ids_spell_the_answer(model, tokenizer):
     assert (ended.text, ended.tokens, ended.ended) == ("ok", 3, True)
 
 
+def test_an_answer_holds_no_nul_character(tokenizer):
+    ids = tokenizer("a\0b\0", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == "a\0b\0"
+    assert completion(tokenizer, ids).text == "ab"
+    assert completion(tokenizer, ids).ids == tuple(ids)
+
+
 def test_no_token_outside_the_top_k_is_drawn(model, tokenizer):
     settings = SamplingSettings(temperature=50.0, top_k=3, max_new_tokens=1, batch_size=100)
     tokens = next_logits(model, prompt_ids(tokenizer, CONVERSATIONS[0])).topk(3).indices.tolist()
