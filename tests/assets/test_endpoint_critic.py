@@ -59,6 +59,10 @@ def put_inputs(storage: Path) -> None:
             build_tiny_model(folder / "model")
 
 
+def _failed(entry: dg.EventLogEntry) -> bool:
+    return entry.dagster_event is not None and entry.dagster_event.is_step_failure
+
+
 @pytest.fixture(scope="module")
 def story(tmp_path_factory, fresh_data) -> SimpleNamespace:
     """A run, the same run forced, and a run with another model that is down."""
@@ -95,7 +99,11 @@ def story(tmp_path_factory, fresh_data) -> SimpleNamespace:
             )
             for run_config in (config(server.url), config(server.url, force=True), config(server.url, model="down"))
         ]
-        said = "\n".join(entry.user_message for run in runs for entry in instance.all_logs(run.run_id))
+        said = "\n".join(
+            entry.user_message + (str(entry.dagster_event.step_failure_data.error) if _failed(entry) else "")
+            for run in runs
+            for entry in instance.all_logs(run.run_id)
+        )
     client = resources["tracking"].client()
     experiment = client.get_experiment_by_name("alignment").experiment_id
     found = client.search_runs([experiment], f"tags.`dagster.asset_key` = '{ASSET}'", order_by=["attributes.start_time ASC"])

@@ -40,7 +40,7 @@ def config(folder):
 @pytest.fixture(scope="module")
 def run(new_sandbox, folder, config):
     sandbox = new_sandbox("own_constitution", ALIGNMENT_CONSTITUTIONS=str(folder))
-    sandbox.start_in_process([*SHARED, PAIRS, *TRAINED], config, "cooking").finish()
+    sandbox.start_in_process([*SHARED, PAIRS, "ai_feedback", *TRAINED], config, "cooking").finish()
     (pairs,) = sandbox.artifacts(PAIRS)
     return SimpleNamespace(sandbox=sandbox, pairs=pairs)
 
