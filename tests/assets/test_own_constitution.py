@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import dagster as dg
 import pytest
 
+pytestmark = pytest.mark.slow  # several whole runs
 PROJECT = Path(__file__).parents[2]
 TEMPLATE = PROJECT / "docs" / "constitution_template.yaml"
 SHARED = ["base_model", "sft_dataset", "human_preferences", "prompts", "sft_checkpoint", "human_reward_model"]

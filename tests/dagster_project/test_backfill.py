@@ -9,6 +9,7 @@ import pytest
 
 from assets.settings import PARTITIONS
 
+pytestmark = pytest.mark.slow  # several whole runs
 PROJECT = Path(__file__).parents[2]
 WORKSPACE = PROJECT / "workspace.yaml"
 CONSTITUTIONS = sorted(PARTITIONS.get_partition_keys())
