@@ -21,6 +21,7 @@ from dagster_project.definitions import defs
 from resources.artifacts import file_hashes
 from resources.tracking import flatten
 
+pytestmark = pytest.mark.timeout(1800)  # four whole runs, by whichever test comes first
 PROJECT = Path(__file__).parents[2]
 JOB = defs.resolve_job_def("alignment")
 ASSETS = sorted(key.to_user_string() for key in JOB.asset_layer.executable_asset_keys)
@@ -103,7 +104,7 @@ def sandbox(new_sandbox):
 @pytest.fixture(scope="module")
 def output(sandbox) -> str:
     """What the four runs printed, one after the other."""
-    return sandbox.start_demo(CONFIGS).finish(timeout=600)
+    return sandbox.start_demo(CONFIGS).finish(timeout=1500)
 
 
 @pytest.fixture(scope="module")
