@@ -94,7 +94,7 @@ class Started:
         """What it has printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def finish(self, timeout: float = 300) -> str:
+    def finish(self, timeout: float = 800) -> str:
         """Wait until it ends, assert that it succeeded, and return what it printed."""
         try:
             code = self.process.wait(timeout)
