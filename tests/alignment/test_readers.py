@@ -532,7 +532,7 @@ def test_hub_is_not_asked_when_offline(tmp_path):
     """With the real libraries: HF_HUB_OFFLINE is read when they are imported, hence the process of its own."""
     code = "from alignment.readers import read_preferences; read_preferences('someone/pairs:test')"
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert "DataError: someone/pairs:test: there is no such file, and datasets.load_dataset('someone/pairs'" in last
@@ -586,7 +586,7 @@ def test_no_damaged_file_gives_anything_but_records_or_a_data_error(tmp_path):
 def test_import_is_light():
     code = "import sys, alignment.readers; print({'torch', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
     assert result.stdout.strip() == "set()", result.stderr
 
 

@@ -36,7 +36,7 @@ CONFIG = {
 }
 
 
-def wait_for(what: Callable[[], Any], job: Any, seconds: float = 240) -> Any:
+def wait_for(what: Callable[[], Any], job: Any, seconds: float = 600) -> Any:
     """Poll until `what` returns something; fail at once if the job has ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

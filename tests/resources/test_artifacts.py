@@ -145,7 +145,7 @@ def test_of_several_processes_one_builds_and_the_others_reuse(store, processes):
     started = [processes.Process(target=_build, args=(Path(store.root), barrier, results)) for _ in range(3)]
     for process in started:
         process.start()
-    assert sorted(results.get(timeout=60) for _ in started) == ["built", "reused", "reused"]
+    assert sorted(results.get(timeout=200) for _ in started) == ["built", "reused", "reused"]
     for process in started:
         process.join(60)
     assert store.find("prompts", DIGEST) is not None
@@ -165,7 +165,7 @@ def test_who_waits_for_a_builder_that_is_killed_takes_over_from_its_checkpoint(s
         (work.folder / "checkpoint").write_text("half way")
         time.sleep(0.5)
         assert results.empty()
-    assert results.get(timeout=60) == (True, "half way")
+    assert results.get(timeout=200) == (True, "half way")
     waiting.join(60)
     assert store.find("prompts", DIGEST) is not None
 
