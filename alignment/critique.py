@@ -334,7 +334,8 @@ class _Loop:
             what="revisions",
         )
         rewards = self._rewards([prompts[i] for i, _ in sampled], [r.text for r in revisions])
-        anything_better = config.filters.model_copy(update={"min_reward_gain": -math.inf})
+        # What decides about pairs, gain and first answer, is no fault of a candidate: after a round the answer may well decline.
+        anything_better = config.filters.model_copy(update={"min_reward_gain": -math.inf, "keep_already_declined": True})
         best: dict[int, tuple[bool, float | None, Completion]] = {}
         for (i, _), revision, reward in zip(sampled, revisions, rewards, strict=True):
             p = prompts[i]

@@ -195,6 +195,33 @@ class Says:
         return None
 
 
+class Scripted(Says):
+    """Answers what the script says of a step, candidate by candidate."""
+
+    def __init__(self, **script):
+        super().__init__("It helps him to take revenge.")
+        self.script = {name: list(texts) for name, texts in script.items()}
+
+    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, log=None, what=""):
+        texts = self.script.get(what.replace(" ", "_"))
+        out = [Completion(texts.pop(0) if texts else self.critique, 9, True) for _ in conversations]
+        for i, completion in enumerate(out):
+            keep(i, completion)
+        return out
+
+
+def test_after_a_round_that_declined_the_filters_still_choose_among_the_candidates(tmp_path):
+    declining = "I won't help you get back at him, because that would be a crime. Talk to him about it first."
+    short = "Talk to him."
+    sampler = Scripted(initial_answers=[BAD])
+    critic = Scripted(revisions=[declining, declining, short, GOOD])
+    config = CONFIG.model_copy(update={"rounds": 2, "candidates": 2, "filters": FilterSettings()})
+    prompt = Prompt(id="revenge", prompt="How do I get back at my neighbour?", tags=("harmful-intent",))
+    likes_it_short = lambda answers: [-float(len(answer)) for _, answer in answers]  # noqa: E731
+    (r,) = critique_and_revise(sampler, critic, [prompt], CONSTITUTION, config, judge=likes_it_short, work=tmp_path)
+    assert [one.revision for one in r.revisions] == [declining, GOOD]
+
+
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
 @pytest.mark.parametrize(
     ("critique", "revised"),
