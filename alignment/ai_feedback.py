@@ -12,31 +12,27 @@ is left out and counted, and never becomes a score.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from alignment.asking import request, seed_of
 from alignment.constitutions import Constitution
-from alignment.critic import Answerer, AnswererSettings, KeptAnswers, read_whole_lines
+from alignment.critic import Answerer, AnswererSettings, KeptAnswers
 from alignment.critique import draw_principles
 from alignment.fingerprint import layout
+from alignment.finished import in_chunks
 from alignment.generation import Completion, SamplingSettings
 from alignment.models import Config, LoadSettings
-from alignment.progress import SILENT, Log, Progress
+from alignment.progress import SILENT, Log
 from alignment.records import PreferencePair, Prompt, Record, Text, WeightedPair
 from alignment.reward import accuracy_metrics
 from alignment.splits import normalise
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 CODE_VERSION = "1"
 OPTIONS = ("A", "B")  # their first tokens differ, and an endpoint tells no probabilities of more than the first
@@ -186,7 +182,7 @@ def collect_feedback(
         return _compare(policy, judge, chunk, constitution, config, log)
 
     # Two files may give two prompts the same id.
-    return _in_chunks(work / "compared.jsonl", Compared, prompts, lambda p: (p.id, p.prompt), compare, config.chunk, log, "RLAIF")
+    return in_chunks(work / "compared.jsonl", Compared, prompts, lambda p: (p.id, p.prompt), compare, config.chunk, log, "RLAIF")
 
 
 def measure_judge(
@@ -219,7 +215,7 @@ def measure_judge(
             for p, principle, judgement in zip(chunk, principles, said, strict=True)
         ]
 
-    measured = _in_chunks(
+    measured = in_chunks(
         work / "measured.jsonl",
         Measured,
         taken,
@@ -290,7 +286,7 @@ def judge_in_both_orders(
     ]
     thoughts: list[Completion] = []
     if reasoning is not None:
-        seeds = [_seed(seed, c.id, f"reasoning {i % 2}") for i, (c, _, _) in enumerate(orders)]
+        seeds = [seed_of(seed, c.id, f"reasoning {i % 2}") for i, (c, _, _) in enumerate(orders)]
         thoughts = judge.answer(asked, reasoning, seeds=seeds, log=log, what="the judge's reasoning")
         asked = [
             [*turns, {"role": "assistant", "content": thought.text or "-"}, _user(verdict_request())]
@@ -336,14 +332,12 @@ def comparison_request(
     conversation: Sequence[Mapping[str, str]], first: str, second: str, principle: str, *, reasoning: bool = False
 ) -> str:
     """What the judge is asked: the conversation, the principle and two options, `first` as (A) and `second` as (B)."""
-    return _template("comparison").render(
-        conversation=conversation, first=first, second=second, principle=principle, reasoning=reasoning
-    )
+    return request("comparison", conversation=conversation, first=first, second=second, principle=principle, reasoning=reasoning)
 
 
 def verdict_request() -> str:
     """What the judge is asked after its reasoning, in the same conversation."""
-    return _template("verdict").render()
+    return request("verdict")
 
 
 def drop_reason(a: Completion, b: Completion, keep_truncated: bool = False) -> DropReason | None:
@@ -358,7 +352,7 @@ def drop_reason(a: Completion, b: Completion, keep_truncated: bool = False) -> D
 
 def _compare(policy, judge, prompts, constitution, config, log) -> list[Compared]:
     asked = [[_user(p.prompt)] for p in prompts for _ in range(2)]
-    seeds = [_seed(config.seed, p.id, f"answer {i}") for p in prompts for i in range(2)]
+    seeds = [seed_of(config.seed, p.id, f"answer {i}") for p in prompts for i in range(2)]
     answers = policy.answer(asked, config.answer, seeds=seeds, log=log, what="answers to compare")
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
     principles = [draw_principles(constitution, 1, p.id, config.seed)[0] for p in prompts]
@@ -391,47 +385,5 @@ def _judge(judge, cases, config, log) -> list[Judgement | None]:
     return judge_in_both_orders(judge, cases, reasoning=reasoning, seed=config.seed, log=log) if cases else []
 
 
-R = TypeVar("R", bound=Record)
-T = TypeVar("T")
-
-
-def _in_chunks(
-    path: Path,
-    kind: type[R],
-    items: Sequence[T],
-    key: Callable[[T | R], Hashable],
-    compute: Callable[[Sequence[T]], list[R]],
-    chunk: int,
-    log: Log,
-    what: str,
-) -> list[R]:
-    """One record per item, in their order; finished ones are appended to `path` chunk by chunk and not computed again."""
-    done = {key(r): r for r in read_whole_lines(path, kind.model_validate)}
-    todo = [item for item in items if key(item) not in done]
-    if done:
-        log.say(f"{what}: {len(items) - len(todo)} of {len(items)} were already done")
-    progress = Progress(log, what, len(todo))
-    for start in range(0, len(todo), chunk):
-        results = compute(todo[start : start + chunk])
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(r.model_dump_json() + "\n" for r in results)
-        done |= {key(r): r for r in results}
-        progress.advance(len(results))
-    return [done[key(item)] for item in items]
-
-
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
-
-
-def _seed(seed: int, *names: str) -> int:
-    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-@cache
-def _template(name: str) -> Template:
-    from jinja2 import StrictUndefined, Template
-
-    text = files("alignment").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
-    return Template(text, undefined=StrictUndefined)

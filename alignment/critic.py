@@ -12,13 +12,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
 from alignment.chat import prompt_ids
 from alignment.context_length import position_limit
 from alignment.fingerprint import identity, layout
+from alignment.finished import read_whole_lines
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import answer_log_probs, first_token_log_probs
 from alignment.models import Config
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Conversation = Sequence[dict[str, str]]  # chat messages, the last one the user's
-T = TypeVar("T")
 Keep = Callable[[int, Completion], None]  # told the number of a conversation and its answer
 
 
@@ -202,27 +202,6 @@ class KeptAnswers:
 def answer_key(*parts: Any) -> str:
     """sha256 (hex) of everything an answer depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def read_whole_lines(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
-    """What `parse` makes of the JSON objects in a file of lines, in order; none if there is no file.
-
-    A line that a kill cut short (no JSON, or `parse` raises ValueError or KeyError) is dropped from the file too: the next
-    line appended must not continue it.
-    """
-    if not path.exists():
-        return []
-    lines, values = [], []
-    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
-        try:
-            values.append(parse(dict(json.loads(line))))
-        except (ValueError, KeyError, TypeError):
-            continue
-        lines.append(line + "\n")
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(path)  # whole or not at all: a kill here must not lose what earlier runs kept
-    return values
 
 
 def _kept(line: dict[str, Any]) -> tuple[str, Completion]:

@@ -14,31 +14,29 @@ than the initial answer (rejection sampling, as in arXiv 2112.09332; the evaluat
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from alignment import asking
 from alignment.constitutions import Constitution, Principle, finds_nothing
-from alignment.critic import Answerer, AnswererSettings, KeptAnswers, read_whole_lines
+from alignment.critic import Answerer, AnswererSettings, KeptAnswers
 from alignment.fingerprint import layout
+from alignment.finished import in_chunks
 from alignment.generation import Completion, SamplingSettings
 from alignment.models import Config, LoadSettings
 from alignment.pair_filters import FilterSettings, reject_reason
-from alignment.progress import SILENT, Log, Progress
+from alignment.progress import SILENT, Log
 from alignment.readers import NO_VIOLATIONS
 from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair, Prompt, Record
 from alignment.reward import score
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CODE_VERSION = "1"
@@ -127,26 +125,20 @@ def critique_and_revise(
     Every generation is in `work` as soon as it has ended (`sampler.jsonl`, `critic.jsonl`), and every prompt that is through
     in `rounds.jsonl`; nothing that is there is generated again.
     """
-    path = work / "rounds.jsonl"
-    done = {
-        (r.id, r.prompt): r for r in read_whole_lines(path, Revised.model_validate)
-    }  # two files may give two prompts the same id
-    todo = [p for p in prompts if (p.id, p.prompt) not in done]
-    if done:
-        log.say(f"critique and revise: {len(done)} of {len(prompts)} prompts were already done")
     loop = _Loop(
         KeptAnswers(sampler, work / "sampler.jsonl"), KeptAnswers(critic, work / "critic.jsonl"), judge, constitution, config, log
     )
-    progress = Progress(log, "critique and revise", len(todo))
-    for start in range(0, len(todo), config.chunk):
-        chunk = todo[start : start + config.chunk]
-        results = loop.revise(chunk)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(r.model_dump_json() + "\n" for r in results)
-        done |= {(r.id, r.prompt): r for r in results}
-        changed = sum(r.final != r.initial for r in results)
-        progress.advance(len(chunk), f"{changed} of the last {len(chunk)} answers revised")
-    return [done[p.id, p.prompt] for p in prompts]
+    return in_chunks(
+        work / "rounds.jsonl",
+        Revised,
+        prompts,
+        lambda p: (p.id, p.prompt),  # two files may give two prompts the same id
+        loop.revise,
+        config.chunk,
+        log,
+        "critique and revise",
+        lambda results: f"{sum(r.final != r.initial for r in results)} of the last {len(results)} answers revised",
+    )
 
 
 def reward_judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Judge:
@@ -191,12 +183,12 @@ def draw_principles(constitution: Constitution, rounds: int, prompt_id: str, see
 
 def critique_request(prompt: str, response: str, principle: str, request: str | None = None) -> str:
     """What the critic is asked, in the words of the user's document or those of the principle's own `request`."""
-    return _template("critique").render(prompt=prompt, response=response, principle=principle, request=request)
+    return asking.request("critique", prompt=prompt, response=response, principle=principle, request=request)
 
 
 def revision_request(request: str | None = None) -> str:
     """What the critic is asked after its critique, in the same conversation."""
-    return _template("revision").render(request=request)
+    return asking.request("revision", request=request)
 
 
 def worked_examples(constitution: Constitution, principle: Principle) -> list[dict[str, str]]:
@@ -350,13 +342,4 @@ class _Loop:
         return list(self._judge([(p.prompt, a) for p, a in zip(prompts, answers, strict=True)]))
 
     def _seed(self, prompt: Prompt, what: str) -> int:
-        digest = hashlib.sha256("\0".join([str(self._config.seed), prompt.id, what]).encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1
-
-
-@cache
-def _template(name: str) -> Template:
-    from jinja2 import StrictUndefined, Template
-
-    text = files("alignment").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
-    return Template(text, undefined=StrictUndefined)
+        return asking.seed_of(self._config.seed, prompt.id, what)

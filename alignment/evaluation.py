@@ -9,13 +9,13 @@ held-out demonstrations, KL from the SFT checkpoint; and the share of held-out p
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, Field
 
+from alignment.asking import seed_of
 from alignment.chat import IGNORE, prompt_ids, training_example
 from alignment.context_length import position_limit
 from alignment.errors import UserError
@@ -186,7 +186,7 @@ def _limited(heldout: Heldout, config: SftReportConfig) -> Heldout:
 def _questions(config: SftReportConfig, heldout: Heldout) -> tuple[list[list[dict[str, str]]], list[int]]:
     n = config.samples_per_prompt
     questions = [[{"role": "user", "content": p.prompt}] for p in heldout.prompts for _ in range(n)]
-    return questions, [_seed(config.seed, p.id, k) for p in heldout.prompts for k in range(n)]
+    return questions, [seed_of(config.seed, p.id, k) for p in heldout.prompts for k in range(n)]
 
 
 def _answer(
@@ -287,11 +287,6 @@ def _nll(model, tokenizer, conversations: Sequence[Conversation], batch_size: in
         return math.nan
     totals = label_log_probs(model, tokenizer, [(e.input_ids, e.labels) for e in examples], batch_size)
     return -sum(totals) / sum(sum(label != IGNORE for label in e.labels) for e in examples)
-
-
-def _seed(seed: int, prompt_id: str, sample: int) -> int:
-    digest = hashlib.sha256(f"{seed}\0{prompt_id}\0{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from alignment.critic import AnswererSettings, Conversation, Keep, answer_key, read_whole_lines
+from alignment.critic import AnswererSettings, Conversation, Keep, answer_key
 from alignment.errors import UserError
+from alignment.finished import read_whole_lines
 from alignment.generation import Completion, SamplingSettings
 from alignment.progress import SILENT, Log, Progress
 
