@@ -116,15 +116,28 @@ def finds_nothing(critique: str) -> bool:
     return critique.strip().lower().startswith(NO_VIOLATIONS.lower())
 
 
+def prompts_under(prompts: Sequence[Prompt], constitution: Constitution, further: Sequence[str]) -> list[Prompt]:
+    """The prompts that belong to a constitution and also carry one of the `further` tags (empty: all of its), in their order."""
+    own, also = set(constitution.prompt_tags), set(further)
+    return [p for p in prompts if own & set(p.tags) and (not also or also & set(p.tags))]
+
+
 def prompts_to_criticise(prompts: Sequence[Prompt], constitution: Constitution, recipe_tags: Sequence[str]) -> list[Prompt]:
     """The prompts whose answers are criticised under a constitution, in their order.
 
     Args:
         recipe_tags: the recipe's restriction, used where the constitution has no `critique_tags`; empty: none.
     """
-    own = set(constitution.prompt_tags)
-    further = set(recipe_tags if constitution.critique_tags is None else constitution.critique_tags)
-    return [p for p in prompts if own & set(p.tags) and (not further or further & set(p.tags))]
+    return prompts_under(prompts, constitution, recipe_tags if constitution.critique_tags is None else constitution.critique_tags)
+
+
+def no_prompts(constitution: Constitution, further: Sequence[str], where: str) -> ConstitutionError:
+    """The error that no training prompt belongs to a constitution and carries one of the `further` tags, which stand `where`."""
+    also = f" and one of {list(further)} ({where})" if further else ""
+    return ConstitutionError(
+        f"constitution {constitution.name}: no training prompt has one of the tags {list(constitution.prompt_tags)}{also}. "
+        "Remedy: add prompts with such tags, or correct the tags."
+    )
 
 
 def constitution_names(folder: Path) -> list[str]:

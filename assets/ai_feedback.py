@@ -1,7 +1,5 @@
 """`ai_feedback[c]`: two answers of the SFT checkpoint to every prompt, compared by a judge under the constitution (RLAIF)."""
 
-from pathlib import Path
-
 import dagster as dg
 
 from alignment.ai_feedback import (
@@ -13,12 +11,10 @@ from alignment.ai_feedback import (
     feedback_metrics,
     measure_judge,
 )
-from alignment.constitutions import Constitution
+from alignment.constitutions import no_prompts, prompts_under
 from alignment.datasets import write_jsonl
-from alignment.errors import UserError
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet
 from alignment.readers import read_preferences, read_prompts
-from alignment.records import Prompt
 from assets.answerers import answerers
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
@@ -55,7 +51,10 @@ def ai_feedback(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            asked = training_prompts(store.path(prompts) / "train.jsonl", rules, settings)
+            ours = prompts_under(read_prompts(store.path(prompts) / "train.jsonl"), rules, settings.prompt_tags)
+            asked = ours[: settings.max_prompts or None]
+            if not asked:
+                raise no_prompts(rules, settings.prompt_tags, "ai_feedback.prompt_tags")
             heldout = pairs_of(rules, read_preferences(store.path(human_preferences) / "heldout.jsonl"))
             who = answerers(
                 {"policy": settings.policy, "judge": settings.judge}, sft_checkpoint, store, settings.load, work.folder
@@ -86,23 +85,6 @@ def ai_feedback(
         )
 
     return materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
-
-
-def training_prompts(path: Path, rules: Constitution, settings: AiFeedbackConfig) -> list[Prompt]:
-    """The training prompts that answers are compared for.
-
-    Raises:
-        UserError: no prompt has the tags that are asked for.
-    """
-    tags, further = set(rules.prompt_tags), set(settings.prompt_tags)
-    found = [p for p in read_prompts(path) if tags & set(p.tags) and (not further or further & set(p.tags))]
-    if not found:
-        also = f" and one of {sorted(further)} (ai_feedback.prompt_tags)" if further else ""
-        raise UserError(
-            f"conf/constitutions/{rules.name}.yaml: no training prompt has one of the tags {sorted(tags)}{also}. "
-            "Remedy: add prompts with such tags, or correct prompt_tags."
-        )
-    return found[: settings.max_prompts or None]
 
 
 def _comparisons(compared: list[Compared]) -> list[dict]:

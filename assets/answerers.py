@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from alignment.critic import Answerer, AnswererSettings, LocalAnswerer
+from alignment.critique import CritiqueConfig, Judge, reward_judge
 from alignment.errors import UserError
-from alignment.handles import Checkpoint
+from alignment.handles import Checkpoint, RewardModel
 from alignment.models import LoadSettings
 from resources.artifacts import ArtifactStore
 from resources.endpoint import EndpointAnswerer
@@ -34,6 +35,18 @@ def answerers(
             local[settings.source] = _local(settings, checkpoint, store, load)
         out[role] = local[settings.source]
     return out
+
+
+def who_revises(
+    config: CritiqueConfig, checkpoint: Checkpoint, reward_model: RewardModel, store: ArtifactStore, work: Path
+) -> tuple[Answerer, Answerer, Judge]:
+    """Sampler, critic and judge of critique-and-revise."""
+    from alignment.models import load_reward_model, load_tokenizer
+
+    who = answerers({"sampler": config.sampler, "critic": config.critic}, checkpoint, store, config.load, work)
+    tokenizer = load_tokenizer(store.model_files(checkpoint).base)
+    scorer = load_reward_model(store.model_files(reward_model), config.load, tokenizer=tokenizer)
+    return who["sampler"], who["critic"], reward_judge(scorer, tokenizer, config.score_batch_size)
 
 
 def _local(settings: AnswererSettings, checkpoint: Checkpoint, store: ArtifactStore, load: LoadSettings) -> Answerer:

@@ -3,13 +3,12 @@
 import dagster as dg
 
 from alignment.ai_feedback import keep_preferred
-from alignment.constitutions import prompts_to_criticise
-from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs, reward_judge
+from alignment.constitutions import no_prompts, prompts_to_criticise
+from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs
 from alignment.datasets import write_jsonl
-from alignment.errors import UserError
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet, RewardModel
 from alignment.readers import read_prompts
-from assets.answerers import answerers
+from assets.answerers import who_revises
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
@@ -44,36 +43,19 @@ def constitutional_preference_pairs(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            from alignment.models import load_reward_model, load_tokenizer
-
             ours = prompts_to_criticise(read_prompts(store.path(prompts) / "train.jsonl"), rules, settings.prompt_tags)
             asked = ours[: settings.max_prompts or None]
             if not asked:
-                further = settings.prompt_tags if rules.critique_tags is None else rules.critique_tags
-                also = f" and one of {list(further)}" if further else ""
-                raise UserError(
-                    f"constitution {rules.name}: no training prompt has one of the tags {list(rules.prompt_tags)}{also}. "
-                    "Remedy: add prompts with such tags, or correct prompt_tags or critique_tags in its YAML."
-                )
-            roles = {"sampler": settings.sampler, "critic": settings.critic}
-            who = answerers(roles, sft_checkpoint, store, settings.load, work.folder)
-            tokenizer = load_tokenizer(store.model_files(sft_checkpoint).base)
-            reward_model = load_reward_model(store.model_files(human_reward_model), settings.load, tokenizer=tokenizer)
-            revised = critique_and_revise(
-                who["sampler"],
-                who["critic"],
-                asked,
-                rules,
-                settings,
-                judge=reward_judge(reward_model, tokenizer, settings.score_batch_size),
-                work=work.folder,
-                log=log,
-            )
+                if rules.critique_tags is None:
+                    raise no_prompts(rules, settings.prompt_tags, "constitutional_preference_pairs.prompt_tags")
+                raise no_prompts(rules, rules.critique_tags, "its critique_tags")
+            sampler, critic, judge = who_revises(settings, sft_checkpoint, human_reward_model, store, work.folder)
+            revised = critique_and_revise(sampler, critic, asked, rules, settings, judge=judge, work=work.folder, log=log)
             pairs, reasons = preference_pairs(revised, rules, settings.filters)
             if settings.filters.judge_pairs:
                 texts = {p.id: p.text for p in rules.principles}
                 principles = {(r.id, r.prompt): texts[r.revisions[-1].principle] for r in revised}
-                pairs, judged = keep_preferred(who["critic"], pairs, principles)
+                pairs, judged = keep_preferred(critic, pairs, principles)
                 reasons += judged
             write_jsonl(work.out / "rounds.jsonl", revised)
             write_jsonl(work.out / "pairs.jsonl", pairs)

@@ -2,11 +2,11 @@
 
 import dagster as dg
 
-from alignment.critique import CODE_VERSION, critique_and_revise, reward_judge
+from alignment.critique import CODE_VERSION, critique_and_revise
 from alignment.critique_demo import CritiqueDemoConfig, comparison_rows
 from alignment.datasets import write_jsonl
 from alignment.handles import Checkpoint, Revisions, RewardModel
-from assets.answerers import answerers
+from assets.answerers import who_revises
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
 from assets.sft_report import write_table
@@ -36,22 +36,9 @@ def revised_examples(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            from alignment.models import load_reward_model, load_tokenizer
-
-            roles = {"sampler": settings.sampler, "critic": settings.critic}
-            who = answerers(roles, sft_checkpoint, store, settings.load, work.folder)
-            tokenizer = load_tokenizer(store.model_files(sft_checkpoint).base)
-            judge = load_reward_model(store.model_files(human_reward_model), settings.load, tokenizer=tokenizer)
-            revised = critique_and_revise(
-                who["sampler"],
-                who["critic"],
-                settings.records(),
-                rules,
-                settings,
-                judge=reward_judge(judge, tokenizer, settings.score_batch_size),
-                work=work.folder,
-                log=log,
-            )
+            sampler, critic, judge = who_revises(settings, sft_checkpoint, human_reward_model, store, work.folder)
+            asked = settings.records()
+            revised = critique_and_revise(sampler, critic, asked, rules, settings, judge=judge, work=work.folder, log=log)
             rows = comparison_rows(revised, settings.filters)
             write_jsonl(work.out / "rounds.jsonl", revised)
             write_table(work.out / "revisions.jsonl", rows)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from alignment.constitutions import ConstitutionError, constitution_names, load_constitution, prompts_to_criticise
+from alignment.constitutions import (
+    ConstitutionError,
+    constitution_names,
+    load_constitution,
+    no_prompts,
+    prompts_to_criticise,
+    prompts_under,
+)
 from alignment.errors import UserError
 from alignment.records import Prompt
 
@@ -190,3 +197,16 @@ def test_a_constitution_may_say_itself_which_prompts_are_criticised(write, own, 
 def test_critique_tags_are_a_list_of_words(write, value):
     with pytest.raises(ConstitutionError, match="'critique_tags"):
         load_constitution(write(GOOD + f"critique_tags: {value}\n"))
+
+
+def test_prompts_under_a_constitution_may_have_to_carry_a_further_tag(write):
+    rules = load_constitution(write(GOOD + "critique_tags: [harmful-intent]\n"))  # which restrict the critic alone
+    assert "".join(p.id for p in prompts_under(PROMPTS, rules, [])) == "124"
+    assert "".join(p.id for p in prompts_under(PROMPTS, rules, ["benign"])) == "1"
+
+
+def test_the_error_of_no_prompts_names_the_tags_and_where_they_stand(write):
+    rules = load_constitution(write(GOOD))
+    told = str(no_prompts(rules, ["x"], "ai_feedback.prompt_tags"))
+    assert f"constitution {rules.name}: no training prompt has one of the tags ['cooking'] and one of ['x'] (ai_feedback" in told
+    assert " and one of" not in str(no_prompts(rules, [], "ai_feedback.prompt_tags"))
