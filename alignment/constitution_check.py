@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.constitutions import ConstitutionError, load_constitution, prompts_to_criticise
+from alignment.constitutions import ConstitutionError, load_constitution, prompts_to_criticise, prompts_under
 from alignment.critique import CritiqueConfig
 from alignment.datasets import PromptsConfig
 from alignment.errors import UserError
@@ -47,7 +47,7 @@ def check(path: Path, sources: Sequence[Path], recipe: Path) -> list[str]:
     critique = values.config("constitutional_preference_pairs", CritiqueConfig)
     heldout_fraction = values.config("prompts", PromptsConfig).heldout_fraction
     prompts = [p for source in sources for p in read_prompts(source)]
-    ours = [p for p in prompts if set(p.tags) & set(rules.prompt_tags)]
+    ours = prompts_under(prompts, rules, ())
     train = [p for p in ours if split_of(p.prompt, heldout_fraction) == "train"]
     asked = prompts_to_criticise(train, rules, critique.prompt_tags)
     if not asked:

@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from alignment.constitutions import Constitution
+from alignment.constitutions import Constitution, prompts_under
 from alignment.evaluation import CODE_VERSION, Heldout, SftReportConfig, measure_sft
 from alignment.handles import Checkpoint, PromptSet, RewardModel, SftDataset, SftReport
 from alignment.readers import read_conversations, read_problems, read_prompts
@@ -79,7 +79,7 @@ def heldout_data(store: ArtifactStore, rules: Constitution, prompts: PromptSet, 
     folder = store.path(prompts)
     problems = folder / "problems_heldout.jsonl"
     return Heldout(
-        prompts=tuple(p for p in read_prompts(folder / "heldout.jsonl") if set(p.tags) & set(rules.prompt_tags)),
+        prompts=tuple(prompts_under(read_prompts(folder / "heldout.jsonl"), rules, ())),
         demonstrations=tuple(read_conversations(store.path(sft_dataset) / "heldout.jsonl")),
         problems=tuple(read_problems(problems)) if problems.stat().st_size else (),  # optional; readers refuse an empty file
     )

@@ -92,7 +92,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
 
 def run(options: argparse.Namespace, seed: int, out: Path) -> None:
     """All stages at one seed; their metrics go to `out/metrics.json`."""
-    from alignment.constitutions import load_constitution, prompts_to_criticise
+    from alignment.constitutions import load_constitution, prompts_to_criticise, prompts_under
     from alignment.critic import LocalAnswerer
     from alignment.critique import CritiqueConfig, critique_and_revise, preference_pairs, reward_judge
     from alignment.datasets import (
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
     }
     conversations = {side: read_conversations(out / "sft_dataset" / f"{side}.jsonl") for side in ("train", "heldout")}
     heldout = Heldout(
-        prompts=tuple(p for p in read_prompts(out / "prompts" / "heldout.jsonl") if set(p.tags) & set(rules.prompt_tags)),
+        prompts=tuple(prompts_under(read_prompts(out / "prompts" / "heldout.jsonl"), rules, ())),
         demonstrations=tuple(conversations["heldout"]),
         problems=tuple(read_problems(out / "prompts" / "problems_heldout.jsonl")),
     )

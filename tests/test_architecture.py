@@ -45,22 +45,25 @@ def cpu_seconds_of_children() -> float:
 
 
 def test_definitions_validate_in_three_seconds_of_cpu_time(tmp_path):
-    """Or in five times what `import dagster` takes: three and a half are usual, and slow machines need a second for that."""
-    start = cpu_seconds_of_children()
-    subprocess.run([sys.executable, "-c", "import dagster"], check=True, timeout=120)
-    before = cpu_seconds_of_children()
-    done = subprocess.run(
-        [BIN / "dagster", "definitions", "validate", "-w", PROJECT / "workspace.yaml"],
-        cwd=tmp_path,  # the workspace file works from any folder
-        env={**os.environ, "DAGSTER_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    after = cpu_seconds_of_children()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Validation successful for code location alignment" in done.stdout + done.stderr
-    assert after - before <= max(3, 5 * (before - start))
+    """Or in four times what `import dagster` takes: a bit over three are usual, and slow machines need a second for that."""
+    imports, validations = [], []
+    for _ in range(2):  # in turn, and the quicker of each counts: other processes only ever slow one down
+        start = cpu_seconds_of_children()
+        subprocess.run([sys.executable, "-c", "import dagster"], check=True, timeout=120)
+        before = cpu_seconds_of_children()
+        done = subprocess.run(
+            [BIN / "dagster", "definitions", "validate", "-w", PROJECT / "workspace.yaml"],
+            cwd=tmp_path,  # the workspace file works from any folder
+            env={**os.environ, "DAGSTER_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        imports.append(before - start)
+        validations.append(cpu_seconds_of_children() - before)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Validation successful for code location alignment" in done.stdout + done.stderr
+    assert min(validations) <= max(3, 4 * min(imports)), (validations, imports)
 
 
 def test_the_library_imports_without_orchestrator_tracker_and_data_versioning(python):
