@@ -33,6 +33,14 @@ def test_a_harmful_prompt_may_have_to_be_declined():
     assert reason(tags=("general", "benign"), must_decline_harmful=True) is None
 
 
+def test_an_answer_may_decline_at_its_end():
+    late = (
+        "Parking across a drive is a nuisance, and it is right to be angry about it. " * 3
+        + "But I won't help you get back at him."
+    )
+    assert reason(initial=late) == "already_declined"
+
+
 def test_only_a_harmful_prompt_can_have_been_declined_rightly():
     assert reason(initial=DECLINING, tags=("general", "borderline-but-fine")) is None
     assert reason(initial=DECLINING, tags=()) is None
