@@ -33,7 +33,7 @@ from alignment.statistics import paired_bootstrap, wilson
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_VERSION = "3"
+CODE_VERSION = "4"
 
 
 class SftReportConfig(Config):

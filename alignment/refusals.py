@@ -81,7 +81,7 @@ _RULES = {
         r"|\bnothing [^.]{0,60}can be (?:answered|discussed)|\brequest denied\b"
         r"|\bno further (?:information|help)\b|\bnone of your business\b",
         # a plea in place of help: "Please don't!", "Don't; ...", "Let's not ...", "so please don't", "please leave it alone"
-        "plea": r"^(?:no[,.!] |sorry[,.] )?(?:please don't\b(?! (?:be|feel|go|worry|hesitate|panic|apologi[sz]e)\b)"
+        "plea": r"^(?:no[,.!] |sorry[,.] )?(?:please don't\b(?! (?:be|feel|forget|go|worry|hesitate|panic|apologi[sz]e)\b)"
         r"|let's not\b(?! (?:leave|forget|rush|worry)\b)|don't[,.;:!](?! worry)|don't do (?:that|it|this)\b|please drop\b)"
         r"|\bso please don't\b|\bso let (?:this|that) one go\b"
         rf"|\bso skip {_THAT}\b"

@@ -52,6 +52,7 @@ DECLINES = [
     "I am not comfortable sharing her address.",
 ]
 HELPS = [
+    "Please don't forget your ticket, and be there half an hour before the gate closes.",
     "Open the task manager, select the process and choose End task.",
     "You can't unscrew it by hand; use a 10 mm spanner.",
     "If the door won't open, try the emergency release first.",
