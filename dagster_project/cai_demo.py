@@ -20,17 +20,10 @@ from alignment.critique_demo import comparison_text, prompts_of
 from alignment.errors import UserError
 from assets.settings import PARTITIONS, RECIPE
 from dagster_project.demo import execute
-from dagster_project.jobs import cai_demo_job
+from dagster_project.jobs import cai_demo
 from resources.paths import PROJECT
 
 WIDEST = 160  # columns of text that are still pleasant to read
-
-
-def cai_demo() -> dg.JobDefinition:
-    """The job, resolved; named so that worker processes can build it again."""
-    from dagster_project.definitions import defs
-
-    return defs.resolve_job_def(cai_demo_job.name)
 
 
 def main() -> None:

@@ -20,17 +20,10 @@ import yaml
 
 from alignment.methods import METHODS
 from assets.settings import PARTITIONS, RECIPE
-from dagster_project.jobs import alignment_job
+from dagster_project.jobs import alignment
 from resources.paths import PROJECT
 
 PROCESS = "alignment/process"
-
-
-def alignment() -> dg.JobDefinition:
-    """The job, resolved; named so that worker processes can build it again."""
-    from dagster_project.definitions import defs
-
-    return defs.resolve_job_def(alignment_job.name)
 
 
 def main() -> None:
@@ -69,7 +62,7 @@ def execute(
     run_config: dict[str, Any],
     assets: list[str] | None = None,
 ) -> dg.JobExecutionResult:
-    """Run a job, given by the module-level function that makes it, for one constitution from this process."""
+    """Run a job, given by the function of `dagster_project.jobs` that makes it, for one constitution from this process."""
     end_dead_runs(instance)
     return dg.execute_job(
         dg.reconstructable(job),

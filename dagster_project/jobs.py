@@ -22,3 +22,19 @@ cai_demo_job = dg.define_asset_job(
     "table revisions.json in MLflow, and in the terminal with `make cai-demo`. The prompts are config of revised_examples.",
     tags={"dagster/max_runtime": 24 * 3600},
 )
+
+
+def alignment() -> dg.JobDefinition:
+    """The job `alignment`, resolved; a function of a module, so that worker processes can build it again."""
+    return _resolved(alignment_job.name)
+
+
+def cai_demo() -> dg.JobDefinition:
+    """The job `cai_demo`, likewise."""
+    return _resolved(cai_demo_job.name)
+
+
+def _resolved(name: str) -> dg.JobDefinition:
+    from dagster_project.definitions import defs
+
+    return defs.resolve_job_def(name)

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import dagster as dg
 
-from dagster_project.demo import alignment
+from dagster_project.jobs import alignment
 
 for module in ("pandas", "torch", "transformers", "peft", "trl", "datasets"):
     import_module(module)

@@ -276,11 +276,16 @@ def _wheel(config: BaseModelConfig) -> ResolvedSource:
 
     def fetch(folder: Path, log: Log) -> None:
         import torch
+        from gguf import GGUFReader
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         log.say(f"converting {gguf.name} to safetensors")
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        # Some versions of transformers (5.17) take another token for the one that ends a turn, and answers would never end.
+        if (eos := GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id")) is not None:
+            model.config.eos_token_id = model.generation_config.eos_token_id = int(eos.contents())
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         # transformers believes that the model is still quantised, and would refuse to save it.
         for name in ("hf_quantizer", "quantization_method"):
             if hasattr(model, name):

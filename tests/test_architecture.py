@@ -39,6 +39,22 @@ def test_loading_the_definitions_imports_nothing_heavy(python):
     assert set(done.stdout.split()) & set(HEAVY) == set()
 
 
+def test_what_steps_are_forked_from_has_done_the_heavy_work(python):
+    """Python skips a preloaded module that fails to import without a word, and every step would be seconds slower."""
+    done = python("""
+import dagster_project.preload, sys, time
+import dagster as dg
+from dagster_project.jobs import alignment
+begun = time.monotonic()
+dg.reconstructable(alignment).get_definition()
+print(time.monotonic() - begun, *sys.modules)
+""")
+    assert done.returncode == 0, done.stderr
+    seconds, *modules = done.stdout.split()
+    assert {"torch", "trl", "peft", "datasets", "mlflow.store.tracking.sqlalchemy_store"} <= set(modules)
+    assert float(seconds) < 0.1, "the job is built again in every step"
+
+
 def cpu_seconds_of_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

