@@ -63,6 +63,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("ending both servers")
     finally:
+        for sent_again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sent_again, signal.SIG_IGN)  # an end that is cut short would leave servers behind
         for process in running.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
