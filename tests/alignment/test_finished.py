@@ -12,6 +12,14 @@ class Square(Record):
     squared: int
 
 
+def number(x):
+    return getattr(x, "n", x)
+
+
+def squares(numbers):
+    return [Square(n=n, squared=n * n) for n in numbers]
+
+
 def run(path, numbers, chunk=2, dies_at=None):
     computed = []
 
@@ -19,10 +27,10 @@ def run(path, numbers, chunk=2, dies_at=None):
         if dies_at in chunk:
             raise KeyboardInterrupt
         computed.extend(chunk)
-        return [Square(n=n, squared=n * n) for n in chunk]
+        return squares(chunk)
 
     try:
-        results = in_chunks(path, Square, numbers, lambda x: getattr(x, "n", x), compute, chunk, SILENT, "squares")
+        results = in_chunks(path, Square, numbers, number, compute, chunk, SILENT, "squares")
     except KeyboardInterrupt:
         return None, computed
     return [r.squared for r in results], computed
@@ -43,7 +51,5 @@ def test_only_what_is_missing_is_computed(tmp_path):
 
 def test_what_finished_is_said_chunk_by_chunk(tmp_path):
     told = []
-    compute = lambda chunk: [Square(n=n, squared=n * n) for n in chunk]  # noqa: E731
-    key = lambda x: getattr(x, "n", x)  # noqa: E731
-    in_chunks(tmp_path / "f", Square, [1, 2, 3], key, compute, 2, SILENT, "squares", lambda rs: told.append(len(rs)) or "")
+    in_chunks(tmp_path / "f", Square, [1, 2, 3], number, squares, 2, SILENT, "squares", lambda rs: told.append(len(rs)) or "")
     assert told == [2, 1]
