@@ -23,6 +23,7 @@ from alignment.finished import read_whole_lines
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import answer_log_probs, first_token_log_probs
 from alignment.models import Config
+from alignment.prefixes import Prefixes
 from alignment.progress import SILENT, Log
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Answerer(Protocol):
         seeds: Sequence[int],
         not_first: str | None = None,
         keep: Keep | None = None,
+        continued: bool = False,
         log: Log = SILENT,
         what: str = "sampling",
     ) -> list[Completion]:
@@ -101,6 +103,7 @@ class Answerer(Protocol):
             seeds: one per conversation.
             not_first: no answer starts with the first token of this text; whoever cannot bar a token ignores it.
             keep: told of every answer as soon as it has ended, while others go on; never of two at once.
+            continued: the next call is about conversations that go on from these; whoever can need not read them again.
         """
         ...
 
@@ -124,12 +127,15 @@ class LocalAnswerer:
     ) -> None:
         self.identity = identity
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
+        self._read: Prefixes | None = None
 
     def answer(
-        self, conversations, settings, *, seeds, not_first=None, keep=None, log=SILENT, what="sampling"
+        self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=SILENT, what="sampling"
     ) -> list[Completion]:
         """See `Answerer.answer`."""
-        given = {"seeds": seeds, "not_first": not_first, "keep": keep, "log": log, "what": what}
+        read, self._read = self._read, Prefixes(self._model) if continued else None
+        given = {"seeds": seeds, "not_first": not_first, "keep": keep, "read": read, "remember": self._read}
+        given |= {"log": log, "what": what}
         return generate(self._model, self._tokenizer, conversations, settings, **given)
 
     def choose(self, conversations, options) -> list[list[float] | None]:
@@ -172,7 +178,7 @@ class KeptAnswers:
         self._known = dict(read_whole_lines(path, _kept))
 
     def answer(
-        self, conversations, settings, *, seeds, not_first=None, keep=None, log=SILENT, what="sampling"
+        self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=SILENT, what="sampling"
     ) -> list[Completion]:
         """See `Answerer.answer`."""
         keys = [
@@ -195,7 +201,8 @@ class KeptAnswers:
 
             asked, their_seeds = [conversations[i] for i in missing], [seeds[i] for i in missing]
             if asked:
-                self._answerer.answer(asked, settings, seeds=their_seeds, not_first=not_first, keep=write, log=log, what=what)
+                given = {"not_first": not_first, "keep": write, "continued": continued, "log": log, "what": what}
+                self._answerer.answer(asked, settings, seeds=their_seeds, **given)
         return [self._known[key] for key in keys]
 
 

@@ -307,6 +307,7 @@ class _Loop:
             config.critique,
             seeds=[self._seed(prompts[i], f"critique {k}") for i in faulty],
             not_first=NO_VIOLATIONS,
+            continued=True,
             log=self._log,
             what="critiques",
         )

@@ -1,6 +1,7 @@
 """Batched sampling whose result depends on the prompt and its seed, not on the batch it happened to be in.
 
-Rows are sorted by length so that a batch holds little padding. Sampling draws from the top-k tokens by the Gumbel-max
+Rows are sorted by length so that a batch holds little padding, and what they begin with in common is read once
+(`alignment.prefixes`). Sampling draws from the top-k tokens by the Gumbel-max
 trick (argmax of logit / temperature + Gumbel noise equals a draw from the softmax), with noise from a generator per
 row; batch size and order therefore change nothing but rounding. From the whole vocabulary it draws by inverting the
 cumulative distribution, one uniform number a token: noise for every token of the vocabulary would not fit in memory.
@@ -19,6 +20,7 @@ from alignment.chat import prompt_ids
 from alignment.context_length import check_length
 from alignment.fingerprint import layout
 from alignment.models import Config
+from alignment.prefixes import Prefixes, can_share
 from alignment.progress import SILENT, Log, Progress
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ def generate(
     seeds: Sequence[int] | None = None,
     not_first: str | None = None,
     keep: Callable[[int, Completion], None] | None = None,
+    read: Prefixes | None = None,
+    remember: Prefixes | None = None,
     log: Log = SILENT,
     what: str = "sampling",
 ) -> list[Completion]:
@@ -68,11 +72,14 @@ def generate(
         seeds: one per conversation, needed when temperature > 0.
         not_first: no answer starts with the first token of this text.
         keep: called with a conversation's number and its answer as soon as that has ended, while others go on.
+        read: what the model has read already; conversations that begin so go on from there.
+        remember: takes in what is read now, for conversations that go on from these.
     """
     barred = tokenizer(not_first, add_special_tokens=False)["input_ids"][:1] if not_first else None
     prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
     ended = None if keep is None else lambda i, ids: keep(i, completion(tokenizer, ids))
-    answers = sample_ids(model, tokenizer, prompts, settings, seeds=seeds, barred=barred, ended=ended, log=log, what=what)
+    given = {"seeds": seeds, "barred": barred, "ended": ended, "read": read, "remember": remember, "log": log, "what": what}
+    answers = sample_ids(model, tokenizer, prompts, settings, **given)
     return [completion(tokenizer, ids) for ids in answers]
 
 
@@ -85,6 +92,8 @@ def sample_ids(
     seeds: Sequence[int] | None = None,
     barred: Sequence[int] | None = None,
     ended: Callable[[int, list[int]], None] | None = None,
+    read: Prefixes | None = None,
+    remember: Prefixes | None = None,
     log: Log = SILENT,
     what: str = "sampling",
 ) -> list[list[int]]:
@@ -93,6 +102,7 @@ def sample_ids(
     Args:
         barred: no answer starts with one of these ids.
         ended: called with a prompt's number and its new ids as soon as its answer has ended, once for each.
+        read, remember: see `generate`.
     """
     import torch
 
@@ -102,16 +112,14 @@ def sample_ids(
         f"{what}: the longest prompt and max_new_tokens",
         "lower max_new_tokens, or leave out the longest prompts",
     )
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    read = read or Prefixes(model)
+    order = sorted(range(len(prompts)), key=lambda i: (read.length_of(prompts[i]) - len(prompts[i]), prompts[i]))
     done: dict[int, list[int]] = {}
     progress = Progress(log, what, len(prompts))
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     model.eval()
     for start in range(0, len(order), settings.batch_size):
         rows = order[start : start + settings.batch_size]
-        width = max(len(prompts[i]) for i in rows)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in rows])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
         row_seeds = [seeds[i] for i in rows] if seeds else None
 
         def finish(row: int, new: list[int], rows: list[int] = rows) -> None:
@@ -120,7 +128,9 @@ def sample_ids(
                 if ended is not None:
                     ended(rows[row], new)
 
-        out = _generate_batch(model, tokenizer, ids, mask, settings, row_seeds, barred, finish)
+        with torch.inference_mode():
+            asked = [prompts[i] for i in rows]
+            out = _generate_batch(model, tokenizer, asked, settings, row_seeds, barred, finish, read, remember)
         for j, row in enumerate(out.tolist()):
             finish(j, row[: row.index(eos) + 1] if eos in row else row)
         progress.advance(len(rows))
@@ -137,12 +147,13 @@ def completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Comple
 def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     seeds: Sequence[int] | None,
     barred: Sequence[int] | None,
     finish: Callable[[int, list[int]], None],
+    read: Prefixes,
+    remember: Prefixes | None,
 ) -> torch.Tensor:
     """New token ids, (B, max_new_tokens), right-padded. `finish(row, ids)` is called for a row when it reaches EOS.
 
@@ -152,19 +163,20 @@ def _generate_batch(
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    width, eos = ids.shape[1], tokenizer.eos_token_id
-    limit = width + settings.max_new_tokens
+    eos = tokenizer.eos_token_id
     noise = None
     if settings.temperature > 0:
         if seeds is None:
             raise ValueError("temperature > 0 needs a seed per conversation")
         noise = _noise(settings, seeds)
-    out = torch.full((len(ids), settings.max_new_tokens), tokenizer.pad_token_id)
-    rows, ids, mask = torch.arange(len(ids)), ids.to(model.device), mask.to(model.device)
-    cache = growing_cache(model, limit)
-    with torch.inference_mode(), _packed_head_input(model):
-        if cache is not None:
-            _read_shared_prompts_once(model, ids, mask, cache, tokenizer.pad_token_id)
+    out = torch.full((len(prompts), settings.max_new_tokens), tokenizer.pad_token_id)
+    with _quick_head(model):
+        batch = read.with_beginnings_of(prompts, tokenizer.pad_token_id).open(
+            prompts, tokenizer.pad_token_id, room=settings.max_new_tokens, least=1
+        )
+        ids, mask, cache = batch.input_ids, batch.attention_mask, batch.cache
+        rows, width = torch.arange(len(ids)), ids.shape[1]
+        limit = width + settings.max_new_tokens
         while True:
             done = model.generate(
                 input_ids=ids,
@@ -179,6 +191,8 @@ def _generate_batch(
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=eos,
             )
+            if remember is not None and ids.shape[1] == width and can_share(model):
+                remember.keep(cache, done, torch.cat([mask, _before_the_end(done[:, width:], eos)], dim=1))
             out[rows, : done.shape[1] - width] = done[:, width:].cpu()
             alive = (~(done[:, width:] == eos).any(dim=1)).nonzero().squeeze(-1)
             if cache is None or not len(alive) or done.shape[1] == limit:
@@ -188,72 +202,37 @@ def _generate_batch(
             cache.batch_select_indices(alive)
 
 
-def _read_shared_prompts_once(model, ids: torch.Tensor, mask: torch.Tensor, cache, pad: int) -> None:
-    # Several answers to one prompt need its keys and values only once. All but the last token is read here: that one gives
-    # the logits of the first new token and is left to generate().
-    import torch
-
-    prompts, of_row = torch.unique(ids, dim=0, return_inverse=True)
-    if len(prompts) == len(ids) or not mask[:, :-1].any(dim=1).all():
-        return
-    first = torch.stack([(of_row == i).nonzero()[0, 0] for i in range(len(prompts))])
-    model.generate(
-        input_ids=ids[first, :-1],
-        attention_mask=mask[first, :-1],
-        max_new_tokens=1,
-        do_sample=False,
-        past_key_values=cache,
-        pad_token_id=pad,
-    )
-    cache.batch_select_indices(of_row)
+def _before_the_end(new: torch.Tensor, eos: int) -> torch.Tensor:
+    # 1 for the tokens (B, T) of an answer, its EOS included, 0 for the padding after it.
+    ends = (new == eos).long()
+    return (ends.cumsum(1) - ends == 0).long()
 
 
 @contextmanager
-def _packed_head_input(model: PreTrainedModel) -> Iterator[None]:
+def _quick_head(model: PreTrainedModel) -> Iterator[None]:
     # generate() projects the last position of the prompts, a slice with gaps. A CPU's matmul then lays out one copy of the
-    # whole vocabulary matrix per prompt: with 64 prompts 3.6 GB and half of the time of sampling.
+    # whole vocabulary matrix per prompt: with 64 prompts 3.6 GB and half of the time of sampling. And for a few rows a matrix
+    # of a vocabulary's height is read twice as fast from its own side: (V, H) (H, B) instead of (B, H) (H, V).
+    import torch
+
     head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.bias is None and head.weight.device.type == "cpu":
+
+        def project(states: torch.Tensor) -> torch.Tensor:
+            flat = states.reshape(-1, states.shape[-1])
+            return (head.weight @ flat.t()).t().contiguous().view(*states.shape[:-1], -1)
+
+        head.forward = project
+        try:
+            yield
+        finally:
+            del head.forward
+        return
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
         yield
     finally:
         hook.remove()
-
-
-def growing_cache(model: PreTrainedModel, capacity: int):
-    """A key-value cache that writes into memory set aside for `capacity` tokens, or None for models with a cache of their own.
-
-    The library's cache copies all of its contents for every new token: on a CPU a third of the time of sampling.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    if not model._supports_default_dynamic_cache():
-        return None
-
-    class GrowingLayer(DynamicLayer):
-        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self._room = [s.new_empty(*s.shape[:2], capacity, s.shape[3]) for s in (key_states, value_states)]
-                self._length = 0
-            end = self._length + key_states.shape[-2]
-            for room, states in zip(self._room, (key_states, value_states), strict=True):
-                room[:, :, self._length : end] = states
-            self._length = end
-            self.keys, self.values = (room[:, :, :end] for room in self._room)
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices: torch.Tensor) -> None:
-            if self.is_initialized:
-                self._room = [room[indices] for room in self._room]
-                self.keys, self.values = (room[:, :, : self._length] for room in self._room)
-
-    cache = DynamicCache(config=model.config)
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return cache  # sliding windows and the like keep the library's layers
-    cache.layers = [GrowingLayer() for _ in cache.layers]
-    return cache
 
 
 def _ended_rows(prompt_width: int, eos: int, rows: list[int], finish: Callable[[int, list[int]], None], *, stop: bool):

@@ -42,6 +42,7 @@ from alignment.models import (
     resolve_dtype,
     save_model,
 )
+from alignment.prefixes import Prefixes
 from alignment.progress import SILENT, Log, Progress
 from alignment.records import PreferencePair, WeightedPair
 from alignment.sft import NothingToTrain
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 CODE_VERSION = "2"
 # Largest change of a score by saving and loading, over 1 + the largest score: far above rounding, far below another head.
 RELOAD_TOLERANCE = 0.02
+_BATCHES_READ_TOGETHER = 8  # within so many batches, what texts begin with in common is read once
 SOFT = ("label", "weight")  # columns of the training rows where any pair has a soft label or a weight
 
 
@@ -240,22 +242,22 @@ def score(
 
     ids = [conversation_ids(tokenizer, messages) for messages in conversations]
     check_length(model, max(map(len, ids), default=0), "a conversation to score", "leave it out, or shorten it")
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    alike = sorted(range(len(ids)), key=ids.__getitem__)  # answers to one prompt side by side
     scores: dict[int, float] = {}
     progress = Progress(log, what, len(ids))
     model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = max(len(ids[i]) for i in rows)
-        batch = torch.full((len(rows), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(batch)
-        for j, i in enumerate(rows):
-            batch[j, : len(ids[i])] = torch.tensor(ids[i])
-            mask[j, : len(ids[i])] = 1
+    pad = tokenizer.pad_token_id
+    for first in range(0, len(alike), _BATCHES_READ_TOGETHER * batch_size):
+        near = alike[first : first + _BATCHES_READ_TOGETHER * batch_size]
         with torch.inference_mode():
-            logits = model(input_ids=batch.to(model.device), attention_mask=mask.to(model.device)).logits
-        scores |= dict(zip(rows, logits.float().squeeze(-1).tolist(), strict=True))
-        progress.advance(len(rows))
+            read = Prefixes(model).with_beginnings_of([ids[i] for i in near], pad)
+            order = sorted(near, key=lambda i: len(ids[i]) - read.length_of(ids[i]))
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                batch = read.open([ids[i] for i in rows], pad, room=None, left=False, least=1)
+                logits = model(**batch.inputs()).logits
+                scores |= dict(zip(rows, logits.float().squeeze(-1).tolist(), strict=True))
+                progress.advance(len(rows))
     return [scores[i] for i in range(len(ids))]
 
 

@@ -65,10 +65,11 @@ class EndpointAnswerer:
         seeds: Sequence[int],
         not_first: str | None = None,
         keep: Keep | None = None,
+        continued: bool = False,
         log: Log = SILENT,
         what: str = "sampling",
     ) -> list[Completion]:
-        """See `Answerer.answer`; a server bars no tokens, so `not_first` changes nothing.
+        """See `Answerer.answer`; a server bars no tokens and keeps what it likes: `not_first` and `continued` change nothing.
 
         Raises:
             EndpointError: no answer after all repetitions, a refused request, or a budget that is used up. Answers that

@@ -70,7 +70,7 @@ class Judge:
     def __init__(self, p, reasoning="Because."):
         self.p, self.reasoning, self.asked, self.seeds = p, reasoning, [], []
 
-    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, log=None, what=""):
+    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=None, what=""):
         self.seeds += seeds
         return told(keep, [Completion(self.reasoning, 2, True) for _ in conversations])
 
@@ -92,7 +92,7 @@ class Writer:
     def __init__(self, a="please wait a moment", b="never do that", ended=True):
         self.answers, self.asked = [Completion(a, 4, ended), Completion(b, 3, ended)], []
 
-    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, log=None, what=""):
+    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=None, what=""):
         self.asked += conversations
         return told(keep, [self.answers[i % 2] for i in range(len(conversations))])
 

@@ -181,7 +181,7 @@ class Says:
     def __init__(self, critique):
         self.critique, self.asked = critique, []
 
-    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, log=None, what=""):
+    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=None, what=""):
         self.asked += conversations
         out = [Completion(self.critique if what == "critiques" else GOOD, 9, True) for _ in conversations]
         for i, completion in enumerate(out):
@@ -202,7 +202,7 @@ class Scripted(Says):
         super().__init__("It helps him to take revenge.")
         self.script = {name: list(texts) for name, texts in script.items()}
 
-    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, log=None, what=""):
+    def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=None, what=""):
         texts = self.script.get(what.replace(" ", "_"))
         out = [Completion(texts.pop(0) if texts else self.critique, 9, True) for _ in conversations]
         for i, completion in enumerate(out):
