@@ -89,13 +89,14 @@ def evaluator(
     tracking: MlflowTracking,
     dvc: DvcData,
 ):
-    """A second scorer that no policy is trained with: other seed, human pairs that the reward model never saw."""
+    """A second scorer that no policy is trained with: other seed, human pairs that the reward model never saw. Constitutions that
+    learn from the same domains of human pairs share one."""
 
     def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
         return pairs_of(rules, read_preferences(store.path(human_preferences) / "evaluator_train.jsonl"))
 
     inputs = {"base_model": base_model, "human_preferences": human_preferences}
-    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
+    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc), pairs_decide=True)
 
 
 def pairs_of(rules: Constitution | None, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -110,6 +111,8 @@ def _train(
     pairs: Callable[[RewardConfig, Constitution | None], Sequence[PreferencePair]],
     tools: Tools,
     kind: type[RewardConfig] = RewardConfig,
+    *,
+    pairs_decide: bool = False,
 ) -> dg.MaterializeResult[RewardModel]:
     def stage() -> Stage:
         settings = checked_config(kind, config.model_dump())
@@ -140,7 +143,9 @@ def _train(
             config=settings,
             code_version=CODE_VERSION,
             inputs=inputs,
-            constitution=rules,
+            # Where a constitution only says which human pairs count, another with the same ones has the same model.
+            constitution=None if pairs_decide else rules,
+            versions={"preference_domains": ",".join(sorted(rules.preference_domains))} if pairs_decide else {},
             compute=compute,
             model_artifact=True,
         )

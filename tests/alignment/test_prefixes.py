@@ -55,7 +55,7 @@ def test_no_row_goes_without_a_token_of_its_own():
 
 
 def test_logits_after_a_kept_beginning_are_those_of_the_whole_row(model, tokenizer):
-    rows = prompts(tokenizer, "a", "what is a leap year", "xy") + [[5, 6, 7]]
+    rows = [*prompts(tokenizer, "a", "what is a leap year", "xy"), [5, 6, 7]]
     with torch.inference_mode():
         read = Prefixes(model).with_beginnings_of(rows, 0)
         assert [read.length_of(row) for row in rows] == [50, 50, 50, 0]
