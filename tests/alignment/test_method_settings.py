@@ -7,7 +7,6 @@ import pytest
 
 import alignment
 from alignment.methods import METHODS, Training
-from alignment.methods.group_rl import GroupRlConfig
 from alignment.models import LoadSettings, LoraSettings
 from alignment.progress import SILENT
 from alignment.records import Conversation, Message, PreferencePair, Prompt
@@ -144,8 +143,6 @@ def policy(four_answers, folder, tmp_path_factory):
             for sub in ("work", "out"):
                 (place / sub).mkdir()
             optim = OptimSettings(epochs=2, learning_rate=3e-3, scheduler="constant", batch_size=4, micro_batch_size=4)
-            if issubclass(method.config, GroupRlConfig):
-                optim = optim.model_copy(update={"epochs": 1})  # eight steps or more, which are enough
             optim = {"optim": optim} if "optim" in method.config.model_fields else {}
             config = method.config.model_validate(
                 {
