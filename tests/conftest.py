@@ -1,5 +1,6 @@
 """What the tests of the orchestration half share: a sandbox for a whole pipeline, and the environment of this process."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -189,6 +191,51 @@ class Sandbox:
         return sorted((self.storage / "artifacts" / asset).glob("*"), key=lambda path: path.stat().st_mtime)
 
 
+# The files that take longest, longest first. `make test` keeps this order: a worker that began one of them last would work on
+# alone, long after the other had ended.
+LONGEST = (
+    "test_pipeline",
+    "test_method_settings",
+    "test_resume",
+    "test_endpoint",
+    "test_model_sources",
+    "test_architecture",
+    "test_critique",
+    "test_base_model",
+    "test_scorer",
+    "test_ai_feedback_asset",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of `LONGEST`, then the others as they were found."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_loaded_is_garbage() -> None:
+    """Trainers collect garbage again and again; among a million objects of imported libraries that takes half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A database with MLflow's tables and nothing in them, to be copied. Creating one takes seconds: all workers share it."""
+    import mlflow
+
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    path = root / "mlflow_empty.db"
+    with FileLock(root / "mlflow_empty.lock"):
+        if not path.exists():
+            new = path.with_suffix(".new")
+            mlflow.MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments()
+            new.rename(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def fresh_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data as in a fresh clone: pinned by `data.dvc`, in the embedded remote, and not yet pulled."""
@@ -202,9 +249,20 @@ def fresh_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path) -> Callable[..., Sandbox]:
-    """A function that makes a sandbox by name; further arguments are settings of its environment."""
-    return lambda name, **settings: Sandbox(tmp_path_factory.mktemp(name), fresh_data, settings)
+def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path, empty_database: Path) -> Callable[..., Sandbox]:
+    """A function that makes a sandbox by name; further arguments are settings of its environment.
+
+    Its MLflow database is there and empty, unless `fresh`: then the pipeline creates it, as after `make setup`.
+    """
+
+    def make(name: str, *, fresh: bool = False, **settings: str) -> Sandbox:
+        sandbox = Sandbox(tmp_path_factory.mktemp(name), fresh_data, settings)
+        if not fresh:
+            sandbox.storage.mkdir()
+            shutil.copy(empty_database, sandbox.storage / "mlflow.db")
+        return sandbox
+
+    return make
 
 
 @pytest.fixture(scope="session")

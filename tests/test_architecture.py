@@ -42,16 +42,19 @@ def test_loading_the_definitions_imports_nothing_heavy(python):
 def test_what_steps_are_forked_from_has_done_the_heavy_work(python):
     """Python skips a preloaded module that fails to import without a word, and every step would be seconds slower."""
     done = python("""
-import dagster_project.preload, sys, time
+import dagster_project.preload, gc, sys, time
 import dagster as dg
 from dagster_project.jobs import alignment
 begun = time.monotonic()
 dg.reconstructable(alignment).get_definition()
-print(time.monotonic() - begun, *sys.modules)
+print(time.monotonic() - begun, gc.get_freeze_count(), *sys.modules)
 """)
     assert done.returncode == 0, done.stderr
-    seconds, *modules = done.stdout.split()
+    seconds, frozen, *modules = done.stdout.split()
     assert {"torch", "trl", "peft", "datasets", "mlflow.store.tracking.sqlalchemy_store"} <= set(modules)
+    assert {"transformers.trainer", "transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer"} <= set(modules)
+    assert {"matplotlib.backends.backend_agg", "upath.core", "dotenv"} <= set(modules)
+    assert int(frozen) > 100_000, "every step looks for garbage among what was loaded before it began"
     assert float(seconds) < 0.1, "the job is built again in every step"
 
 

@@ -4,6 +4,7 @@ The base model stands in for the SFT checkpoint and, with a head that nobody tra
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,10 @@ class Materialized:
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("ai_feedback")
+def storage(tmp_path_factory, empty_database) -> Path:
+    folder = tmp_path_factory.mktemp("ai_feedback")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -39,24 +39,14 @@ CASES = _table()
 GOOD_TALK = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning."}]}
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh MLflow database, to be copied: creating its tables takes seconds."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 Materialize = Callable[..., dg.ExecuteInProcessResult]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, database: Path) -> Path:
+def folder(tmp_path: Path, empty_database: Path) -> Path:
     storage = tmp_path / "storage"
     storage.mkdir()
-    shutil.copy(database, storage / "mlflow.db")
+    shutil.copy(empty_database, storage / "mlflow.db")
     return storage
 
 

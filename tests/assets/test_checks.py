@@ -59,19 +59,9 @@ class NoSettings(Config):
     """Nothing to set."""
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh MLflow database, to be copied: creating its tables takes seconds."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def resources(tmp_path: Path, database: Path, fresh_data: Path) -> dict[str, Any]:
-    shutil.copy(database, tmp_path / "mlflow.db")
+def resources(tmp_path: Path, empty_database: Path, fresh_data: Path) -> dict[str, Any]:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     return {
         "store": ArtifactStore(root=str(tmp_path / "artifacts")),
         "io_manager": HandleIOManager(root=str(tmp_path / "handles")),

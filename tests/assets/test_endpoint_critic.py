@@ -4,6 +4,7 @@ database that the runs wrote.
 """
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,11 +65,12 @@ def _failed(entry: dg.EventLogEntry) -> bool:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory, fresh_data) -> SimpleNamespace:
+def story(tmp_path_factory, fresh_data, empty_database) -> SimpleNamespace:
     """A run, the same run forced, and a run with another model that is down."""
     root = tmp_path_factory.mktemp("endpoint")
     storage = root / "storage"
     put_inputs(storage)
+    shutil.copy(empty_database, storage / "mlflow.db")
     resources = {
         "store": ArtifactStore(root=str(storage / "artifacts")),
         "io_manager": HandleIOManager(root=str(storage / "handles")),

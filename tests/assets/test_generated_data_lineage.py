@@ -76,9 +76,8 @@ ASSETS = [PAIRS, SCORER, POLICY, REPORT]
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DVC repository with `data/`, and a fresh MLflow database, to be copied: making them takes seconds."""
-    import mlflow
+def template(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """A DVC repository with `data/`, and a fresh MLflow database, to be copied: making one takes seconds."""
     from dvc.repo import Repo
 
     root = tmp_path_factory.mktemp("template") / "project"
@@ -88,7 +87,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "prompts.jsonl").write_text("{}\n")
     with Repo(str(root)) as repo:
         repo.add(str(root / "data"))
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}").search_experiments()
+    shutil.copy(empty_database, root / "mlflow.db")
     return root
 
 

@@ -1,5 +1,6 @@
 """The launchpad: same fields, descriptions and values as the recipe's configuration; what is wrong is refused by name."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,12 @@ def test_the_yaml_of_the_launchpad_is_read_back_the_same(op):
 # --- bounds are checked when the step starts --------------------------------------------------------------------------
 
 
+@pytest.fixture
+def folder(tmp_path, empty_database):
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return tmp_path
+
+
 def materialize_base_model(folder: Path, config: dict[str, Any], data_root: Path) -> dg.ExecuteInProcessResult:
     return dg.materialize(
         [base_model],
@@ -172,22 +179,22 @@ def attempts(folder: Path) -> list[Any]:
     return [run for run in found.client().search_runs([found.experiment_id]) if run.data.tags["alignment.level"] == "attempt"]
 
 
-def test_a_violated_bound_fails_once_and_names_the_key(tmp_path, fresh_data):
-    done = materialize_base_model(tmp_path, {"source": "tiny", "seed": -1}, fresh_data)
+def test_a_violated_bound_fails_once_and_names_the_key(folder, fresh_data):
+    done = materialize_base_model(folder, {"source": "tiny", "seed": -1}, fresh_data)
     (failure,) = done.get_step_failure_events()
     description = failure.step_failure_data.user_failure_data.description
     assert description == "run config: key 'seed': Input should be greater than or equal to 0 (got -1)"
     assert not [e for e in done.all_events if e.event_type_value in {"STEP_UP_FOR_RETRY", "STEP_RESTARTED"}]
-    (attempt,) = attempts(tmp_path)
+    (attempt,) = attempts(folder)
     assert attempt.info.status == "FAILED"
     assert attempt.data.tags["alignment.error"] == description
-    assert list((tmp_path / "artifacts").rglob("artifact.json")) == []
-    assert not (tmp_path / "handles").exists()
+    assert list((folder / "artifacts").rglob("artifact.json")) == []
+    assert not (folder / "handles").exists()
 
 
-def test_a_refused_configuration_has_the_tags_of_every_attempt(tmp_path, fresh_data):
-    materialize_base_model(tmp_path, {"source": "tiny", "seed": -1}, fresh_data)
-    (attempt,) = attempts(tmp_path)
+def test_a_refused_configuration_has_the_tags_of_every_attempt(folder, fresh_data):
+    materialize_base_model(folder, {"source": "tiny", "seed": -1}, fresh_data)
+    (attempt,) = attempts(folder)
     assert {"dvc.md5", "git.commit", "alignment.stage", "dagster.run_id"} <= set(attempt.data.tags)
 
 
@@ -199,8 +206,8 @@ def test_a_broken_data_pointer_fails_the_step_once(tmp_path):
     assert "data.dvc: is missing. Remedy" in failure.step_failure_data.user_failure_data.description
 
 
-def test_a_value_that_was_deleted_in_the_launchpad_fails_once_and_is_named(tmp_path, fresh_data):
-    done = materialize_base_model(tmp_path, {"source": "tiny", "seed": None}, fresh_data)
+def test_a_value_that_was_deleted_in_the_launchpad_fails_once_and_is_named(folder, fresh_data):
+    done = materialize_base_model(folder, {"source": "tiny", "seed": None}, fresh_data)
     assert not [e for e in done.all_events if e.event_type_value in {"STEP_UP_FOR_RETRY", "STEP_RESTARTED"}]
     (failure,) = done.get_step_failure_events()
     assert "key 'seed'" in failure.step_failure_data.user_failure_data.description

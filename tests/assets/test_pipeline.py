@@ -98,7 +98,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def sandbox(new_sandbox):
-    return new_sandbox("pipeline")
+    return new_sandbox("pipeline", fresh=True)
 
 
 @pytest.fixture(scope="module")

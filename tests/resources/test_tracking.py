@@ -26,16 +26,6 @@ def open_tracking(folder: Path) -> MlflowTracking:
     ).process_config_and_initialize()
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables and nothing in them; creating them takes seconds."""
-    import mlflow
-
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    mlflow.MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def tracking(tmp_path: Path, empty_database: Path) -> MlflowTracking:
     shutil.copy(empty_database, tmp_path / "mlflow.db")
