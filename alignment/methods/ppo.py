@@ -35,6 +35,7 @@ from alignment.chat import prompt_ids
 from alignment.cpu import speed_up
 from alignment.fingerprint import layout
 from alignment.generation import SamplingSettings, generate
+from alignment.methods.frozen_layers import FrozenLayers, NotFrozen
 from alignment.methods.ppo_losses import (
     advantages_and_returns,
     explained_variance,
@@ -95,6 +96,10 @@ class PpoConfig(Config):
     lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="New adapters, where there is none to continue")
     share_base: bool = Field(
         True, **layout("Policy, reference, critic and reward model as adapters of one loaded base; false: a model each")
+    )
+    reuse_frozen_layers: bool = Field(
+        True,
+        **layout("Compute the layers below all adapters once per answer and step, not in every role and epoch; on one base only"),
     )
     load: LoadSettings = Field(LoadSettings(), description="How the models are loaded")
     max_prompt_length: int = Field(256, ge=1, description="Prompts longer than this many tokens are dropped and counted")
@@ -171,6 +176,7 @@ def train_ppo(
     of_model = model_reward(roles.scorer, reward_tokenizer, config.score_batch_size) if reward_model else None
     functions = reward_functions(config.rewards, of_model)
     learner = _Learner(config, roles)
+    reuse = _Reuse(config, roles, log)
     checkpoints = work / "ppo"
     step, curves = learner.resume(checkpoints)
     log.say(
@@ -178,7 +184,7 @@ def train_ppo(
     )
     begun, first = time.monotonic(), step
     while step < config.steps:
-        batch, metrics = _roll_out(config, roles, tokenizer, functions, prompts, step, learner.kl_coef)
+        batch, metrics = _roll_out(config, roles, reuse, tokenizer, functions, prompts, step, learner.kl_coef)
         metrics |= learner.improve(batch, step, tokenizer.pad_token_id)
         step += 1
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -196,7 +202,7 @@ def train_ppo(
     model = roles.policy_model
     with roles.policy.active():
         save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
-    del roles, learner, model, functions, of_model
+    del roles, learner, reuse, model, functions, of_model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -223,7 +229,9 @@ def _final_metrics(trained: Trained, dropped: int) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _roll_out(config, roles: Roles, tokenizer: PreTrainedTokenizerBase, functions, prompts, step: int, kl_coef: float):
+def _roll_out(
+    config, roles: Roles, reuse: _Reuse, tokenizer: PreTrainedTokenizerBase, functions, prompts, step: int, kl_coef: float
+) -> tuple[_Batch, dict[str, float]]:
     """Sample, score, and compute everything the updates need. Returns the batch and its metrics."""
     import torch
 
@@ -232,11 +240,12 @@ def _roll_out(config, roles: Roles, tokenizer: PreTrainedTokenizerBase, function
     seeds = [_seed(config.seed, step, row) for row in range(size)]
     with roles.policy.sampling() as model:
         answers = generate(model, tokenizer, [task.messages for task, _ in picked], config.sampling, seeds=seeds)
+    rows = [(ids, list(a.ids)) for (_, ids), a in zip(picked, answers, strict=True)]
+    reuse.begin_step(rows, tokenizer.pad_token_id)
     rollouts = [Rollout(task, a.text, a.ended) for (task, _), a in zip(picked, answers, strict=True)]
     totals, parts = total_rewards(functions, rollouts)
     ended = torch.tensor([a.ended for a in answers])
     scores = torch.tensor(totals) - config.missing_eos_penalty * ~ended
-    rows = [(ids, list(a.ids)) for (_, ids), a in zip(picked, answers, strict=True)]
     mask = _padded([torch.ones(len(sampled)) for _, sampled in rows]).bool()
     columns: dict[str, list] = {name: [None] * size for name in ("policy", "reference", "values", "entropy")}
     with torch.no_grad():
@@ -245,7 +254,7 @@ def _roll_out(config, roles: Roles, tokenizer: PreTrainedTokenizerBase, function
             for micro in mini_batch:
                 batch = Sequences.of([rows[i] for i in micro], tokenizer.pad_token_id, model.device)
                 log_probs, entropy = roles.policy.log_probs(batch, config.sampling.temperature)
-                reference, _ = roles.reference.log_probs(batch, config.sampling.temperature)
+                reference, _ = roles.reference.log_probs(batch, config.sampling.temperature, entropy=False)
                 values = roles.critic.values(batch)
                 for name, flat in (("policy", log_probs), ("reference", reference), ("values", values), ("entropy", entropy)):
                     for i, row in zip(micro, flat.cpu().split(batch.counts), strict=True):
@@ -276,6 +285,48 @@ def _roll_out(config, roles: Roles, tokenizer: PreTrainedTokenizerBase, function
         known = [v for v in of_function if not math.isnan(v)]
         metrics[f"rewards/{name}"] = sum(known) / len(known) if known else math.nan
     return _Batch(rows, mask, policy, values, advantages, returns, kl), metrics
+
+
+class _Reuse:
+    """What the roles on one base keep of the layers that no adapter changes; whether they do is settled by the first answers."""
+
+    def __init__(self, config: PpoConfig, roles: Roles, log: Log) -> None:
+        self._roles, self._log = roles, log
+        self._frozen: FrozenLayers | None = None
+        self._checked = False
+        if not config.reuse_frozen_layers:
+            return
+        try:
+            if not roles.on_shared_base:
+                raise NotFrozen("each role has a model of its own")
+            names = dict.fromkeys(name for name, _ in roles.on_shared_base)
+            self._frozen = FrozenLayers(roles.policy_model, list(names), config.micro_batch_size)
+        except NotFrozen as reason:
+            self._do_without(reason)
+
+    def begin_step(self, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> None:
+        """Forget the answers of the step before; on the first ones, try whether the roles may skip layers."""
+        if self._frozen is None:
+            return
+        self._frozen.forget()
+        if self._checked:
+            return
+        self._checked = True
+        by_length = sorted(rows, key=lambda row: sum(map(len, row)))
+        try:
+            # The shortest beside the longest: padding is to be harmless, too.
+            self._frozen.check(Sequences.of([by_length[0], by_length[-1]], pad, self._roles.policy_model.device).inputs)
+        except NotFrozen as reason:
+            self._frozen = None
+            self._do_without(reason)
+            return
+        self._frozen.forget()
+        self._roles.start_from(self._frozen)
+        depths = ", ".join(f"{name} {depth}" for name, depth in self._frozen.depths.items())
+        self._log.say(f"PPO: layers below all adapters are computed once per answer and step; first layer of each: {depths}")
+
+    def _do_without(self, reason: NotFrozen) -> None:
+        self._log.say(f"PPO: every role computes all layers in every epoch: {reason}")
 
 
 class _Learner:
