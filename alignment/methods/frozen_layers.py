@@ -43,7 +43,7 @@ class FrozenLayers:
         model = adapters.get_base_model()
         if any(module.training for module in model.modules()):
             raise NotFrozen("the model is in training mode, with dropout")
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise NotFrozen("gradient checkpointing is on")
         self._model, self._adapters, self._batch_size = model, adapters, batch_size
         self._layers = _decoder_layers(model)
@@ -67,6 +67,7 @@ class FrozenLayers:
         if not depth:
             yield
             return
+        import torch
         from torch.nn.functional import pad
         from torch.nn.utils.rnn import pad_sequence
 
@@ -74,6 +75,9 @@ class FrozenLayers:
         self._keep(rows)
         states = pad_sequence([self._kept[row][depth] for row in rows], batch_first=True)
         states = pad(states, (0, 0, 0, input_ids.shape[1] - states.shape[1]))
+        if not torch.is_autocast_enabled(states.device.type):
+            # The reward model's weights are multiplied as they are; some models' states are wider where autocast is on.
+            states = states.to(self._model.get_input_embeddings().weight.dtype)
         forwards = dict.fromkeys(range(depth - 1), self._passing) | {depth - 1: lambda *args, **kwargs: self._returned(states)}
         # Missing states were computed with another adapter on.
         switch_on(self._adapters, name)
