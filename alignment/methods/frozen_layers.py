@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from alignment.methods.roles import backbone, computing_in, switch_on
+from alignment.methods.roles import backbone, computing_in, micro_batches, switch_on
 
 if TYPE_CHECKING:
     import torch
@@ -121,9 +121,9 @@ class FrozenLayers:
                 missing.append(row)
             else:
                 self._kept[row] = {depth: states[: len(row)] for depth, states in longer.items()}
-        missing.sort(key=lambda row: (len(row), row))
-        for start in range(0, len(missing), self._batch_size):
-            self._compute(missing[start : start + self._batch_size])
+        missing.sort()
+        for batch in micro_batches([len(row) for row in missing], self._batch_size, self._model.device):
+            self._compute([missing[i] for i in batch])
 
     def _compute(self, rows: Sequence[tuple[int, ...]]) -> None:
         import torch

@@ -45,7 +45,7 @@ from alignment.methods.ppo_losses import (
     value_losses,
     whiten,
 )
-from alignment.methods.roles import Roles, Sequences, make_roles
+from alignment.methods.roles import Roles, Sequences, make_roles, micro_batches
 from alignment.methods.tasks import TaskKind
 from alignment.models import Config, LoadSettings, LoraSettings, ModelFiles, load_tokenizer, resolve_dtype, save_model
 from alignment.progress import COMPLETE, SILENT, Log, last_complete_checkpoint
@@ -250,7 +250,7 @@ def _roll_out(
     columns: dict[str, list] = {name: [None] * size for name in ("policy", "reference", "values", "entropy")}
     with torch.no_grad():
         # Cut as the first epoch is, so that its first pass repeats these very computations.
-        for mini_batch in _mini_batches(config, rows, step, epoch=0):
+        for mini_batch in _mini_batches(config, rows, step, 0, model.device):
             for micro in mini_batch:
                 batch = Sequences.of([rows[i] for i in micro], tokenizer.pad_token_id, model.device)
                 log_probs, entropy = roles.policy.log_probs(batch, config.sampling.temperature)
@@ -354,7 +354,7 @@ class _Learner:
         sums: dict[str, float] = {}
         updates = 0
         for epoch in range(config.ppo_epochs):
-            for mini_batch in _mini_batches(config, batch.rows, step, epoch):
+            for mini_batch in _mini_batches(config, batch.rows, step, epoch, self._roles.policy_model.device):
                 values = self._update(batch, mini_batch, pad)
                 if not updates:
                     first_off = values["ratio_off"]
@@ -470,16 +470,19 @@ class _Learner:
         return int(path.name.removeprefix("checkpoint-")), curves
 
 
-def _mini_batches(config: PpoConfig, rows: Sequence[tuple[list[int], list[int]]], step: int, epoch: int) -> list[list[list[int]]]:
+def _mini_batches(
+    config: PpoConfig, rows: Sequence[tuple[list[int], list[int]]], step: int, epoch: int, device: torch.device
+) -> list[list[list[int]]]:
     """The answers of a step in a seeded order: mini-batches of micro-batches of row numbers. Neighbours in length share a
     micro-batch, so that little of it is padding; which rows a mini-batch holds does not depend on how it is cut."""
     order = list(range(len(rows)))
     random.Random(f"{config.seed} {step} {epoch}").shuffle(order)
-    size, micro = len(rows) // config.mini_batches, config.micro_batch_size
+    size = len(rows) // config.mini_batches
     out = []
     for start in range(0, len(rows), size):
-        by_length = sorted(order[start : start + size], key=lambda i: sum(map(len, rows[i])))
-        out.append([by_length[i : i + micro] for i in range(0, size, micro)])
+        mini_batch = order[start : start + size]
+        lengths = [sum(map(len, rows[i])) for i in mini_batch]
+        out.append([[mini_batch[j] for j in micro] for micro in micro_batches(lengths, config.micro_batch_size, device)])
     return out
 
 
