@@ -11,6 +11,8 @@ Deviations from the papers, each on purpose:
 - losses are means over the tokens of a mini-batch, however it is cut into micro-batches;
 - dropout is off, so that the ratio of the first pass is exactly 1.
 
+Where adapters sit on the last layers only, those below are computed once per answer and step (`alignment.methods.frozen_layers`).
+
 A killed run goes on from its last checkpoint and ends as if nothing had happened: everything random follows from (seed, step,
 row), and nothing else is carried along but weights, optimiser moments and the KL coefficient.
 """
