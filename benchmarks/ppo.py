@@ -1,13 +1,14 @@
 """PPO: memory of one base against four models, and speed beside the last PPO that TRL shipped (1.12, `trl.experimental.ppo`).
 
-    python -m benchmarks.ppo MODEL [--adapter FOLDER | --random-layers N] [--trl FOLDER] [--dtype bfloat16] [--new-tokens 48]
+    python -m benchmarks.ppo MODEL [--adapter FOLDER | --random-layers N] [--trl FOLDER] [--last-layers N] [--dtype bfloat16]
 
 MODEL is the folder of a causal language model with a chat template, the adapter a checkpoint over it (an SFT checkpoint, whose
 answers end by themselves) that is merged first. --random-layers takes random weights instead: a Llama 2048 wide, of 0.1 billion
 parameters and 44 million more a layer (22 layers: TinyLlama's shape), whose answers never end. The other folder is one into which
-TRL 1.12's wheel was unpacked. Every side is a process of its own with the same base, prompts, adapters (LoRA r 16 on all linear
-layers; for TRL inside policy, value and reward model), batch, length limit, temperature and PPO epochs; the reward model has a
-random head. The first step, which includes what is set up once, is not timed. Prints a Markdown table.
+TRL 1.12's wheel was unpacked. Every side is a process of its own with the same base, prompts, batch, length limit, temperature,
+PPO epochs and adapters: LoRA r 16 on all linear matrices, with --last-layers on those of the last layers only; for TRL inside
+policy, value and reward model. The reward model has a random head. The first step, which includes what is set up once, is not
+timed. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--random-layers", type=int, default=0)
     parser.add_argument("--trl", type=Path)
     parser.add_argument("--sides", default="", help="numbers of the sides to run, from 0, separated by commas; default all")
+    parser.add_argument("--last-layers", type=int, default=0, help="adapters on the last N layers only, on every side; 0: on all")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--micro-batch-size", type=int, default=8)
@@ -96,9 +98,11 @@ def _start(options: argparse.Namespace, folder: Path) -> Path:
 def table(results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
     """The results as Markdown, with both ratios."""
     one = results["one base"]
+    layers = f"the last {options.last_layers}" if options.last_layers else "all"
     lines = [
         f"{options.dtype}, {platform.machine()}: {options.batch_size} answers a step of up to {options.new_tokens} tokens, "
-        f"{options.micro_batch_size} in memory at once, {options.ppo_epochs} PPO epochs, {options.steps - 1} steps timed.",
+        f"{options.micro_batch_size} in memory at once, {options.ppo_epochs} PPO epochs, adapters on {layers} layers, "
+        f"{options.steps - 1} steps timed.",
         "",
         "| | peak memory (GB) | one base / this | episodes per second | one base / this | tokens per answer |",
         "|---|---|---|---|---|---|",
@@ -126,12 +130,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 def _ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], float]:
     from alignment.generation import SamplingSettings
     from alignment.methods.ppo import PpoConfig, train_ppo
-    from alignment.models import LoadSettings, LoraSettings, ModelFiles
+    from alignment.models import LoadSettings, ModelFiles
     from alignment.progress import Log
     from alignment.rewards import Task
 
     full = options.side.endswith("trained")
-    lora, load = LoraSettings(dropout=0.0, target_modules=["all-linear"]), LoadSettings(dtype=options.dtype)
+    lora, load = _lora(options), LoadSettings(dtype=options.dtype)
     sft, reward = _adapters(options.model, folder, lora, load)
     if full:
         sft, reward = ModelFiles(options.model), ModelFiles(options.model, reward.adapter)
@@ -154,6 +158,13 @@ def _ours(options: argparse.Namespace, folder: Path) -> tuple[list[float], float
     log = Log(metrics=lambda step, values: stamps.append(time.monotonic()))
     trained, _ = train_ppo(config, sft, reward, tasks, work=folder / "work", out=folder / "out", log=log)
     return stamps, trained.mean("length/mean")
+
+
+def _lora(options: argparse.Namespace):
+    """The adapters of every side and role."""
+    from alignment.models import LoraSettings
+
+    return LoraSettings(dropout=0.0, target_modules=["all-linear"], last_layers=options.last_layers)
 
 
 def _adapters(model: Path, folder: Path, lora, load):
@@ -181,14 +192,14 @@ def _trl(options: argparse.Namespace, folder: Path) -> tuple[list[float], float]
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     from alignment.chat import prompt_ids
-    from alignment.models import LoraSettings, load_tokenizer, lora_config
+    from alignment.models import load_tokenizer, lora_config
 
     assert trl.__version__.startswith("1.12"), trl.__version__
     torch.manual_seed(0)
     tokenizer = load_tokenizer(options.model)
     tokenizer.padding_side = "left"
     dtype = getattr(torch, options.dtype)
-    settings = LoraSettings(dropout=0.0, target_modules=["all-linear"])
+    settings = _lora(options)
     policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
 
     def scorer(trainable: bool):

@@ -11,6 +11,8 @@ Deviations from the papers, each on purpose:
 - losses are means over the tokens of a mini-batch, however it is cut into micro-batches;
 - dropout is off, so that the ratio of the first pass is exactly 1.
 
+Where adapters sit on the last layers only, those below are computed once per answer and step (`alignment.methods.frozen_layers`).
+
 A killed run goes on from its last checkpoint and ends as if nothing had happened: everything random follows from (seed, step,
 row), and nothing else is carried along but weights, optimiser moments and the KL coefficient.
 """
@@ -35,6 +37,7 @@ from alignment.chat import prompt_ids
 from alignment.cpu import speed_up
 from alignment.fingerprint import layout
 from alignment.generation import SamplingSettings, generate
+from alignment.methods.frozen_layers import FrozenLayers, NotFrozen
 from alignment.methods.ppo_losses import (
     advantages_and_returns,
     explained_variance,
@@ -44,7 +47,7 @@ from alignment.methods.ppo_losses import (
     value_losses,
     whiten,
 )
-from alignment.methods.roles import Roles, Sequences, make_roles
+from alignment.methods.roles import Roles, Sequences, make_roles, micro_batches
 from alignment.methods.tasks import TaskKind
 from alignment.models import Config, LoadSettings, LoraSettings, ModelFiles, load_tokenizer, resolve_dtype, save_model
 from alignment.progress import COMPLETE, SILENT, Log, last_complete_checkpoint
@@ -95,6 +98,10 @@ class PpoConfig(Config):
     lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="New adapters, where there is none to continue")
     share_base: bool = Field(
         True, **layout("Policy, reference, critic and reward model as adapters of one loaded base; false: a model each")
+    )
+    reuse_frozen_layers: bool = Field(
+        True,
+        **layout("Compute the layers below all adapters once per answer and step, not in every role and epoch; on one base only"),
     )
     load: LoadSettings = Field(LoadSettings(), description="How the models are loaded")
     max_prompt_length: int = Field(256, ge=1, description="Prompts longer than this many tokens are dropped and counted")
@@ -171,6 +178,7 @@ def train_ppo(
     of_model = model_reward(roles.scorer, reward_tokenizer, config.score_batch_size) if reward_model else None
     functions = reward_functions(config.rewards, of_model)
     learner = _Learner(config, roles)
+    reuse = _Reuse(config, roles, log)
     checkpoints = work / "ppo"
     step, curves = learner.resume(checkpoints)
     log.say(
@@ -178,7 +186,7 @@ def train_ppo(
     )
     begun, first = time.monotonic(), step
     while step < config.steps:
-        batch, metrics = _roll_out(config, roles, tokenizer, functions, prompts, step, learner.kl_coef)
+        batch, metrics = _roll_out(config, roles, reuse, tokenizer, functions, prompts, step, learner.kl_coef)
         metrics |= learner.improve(batch, step, tokenizer.pad_token_id)
         step += 1
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -196,7 +204,7 @@ def train_ppo(
     model = roles.policy_model
     with roles.policy.active():
         save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
-    del roles, learner, model, functions, of_model
+    del roles, learner, reuse, model, functions, of_model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -223,7 +231,9 @@ def _final_metrics(trained: Trained, dropped: int) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _roll_out(config, roles: Roles, tokenizer: PreTrainedTokenizerBase, functions, prompts, step: int, kl_coef: float):
+def _roll_out(
+    config, roles: Roles, reuse: _Reuse, tokenizer: PreTrainedTokenizerBase, functions, prompts, step: int, kl_coef: float
+) -> tuple[_Batch, dict[str, float]]:
     """Sample, score, and compute everything the updates need. Returns the batch and its metrics."""
     import torch
 
@@ -232,20 +242,21 @@ def _roll_out(config, roles: Roles, tokenizer: PreTrainedTokenizerBase, function
     seeds = [_seed(config.seed, step, row) for row in range(size)]
     with roles.policy.sampling() as model:
         answers = generate(model, tokenizer, [task.messages for task, _ in picked], config.sampling, seeds=seeds)
+    rows = [(ids, list(a.ids)) for (_, ids), a in zip(picked, answers, strict=True)]
+    reuse.begin_step(rows, tokenizer.pad_token_id)
     rollouts = [Rollout(task, a.text, a.ended) for (task, _), a in zip(picked, answers, strict=True)]
     totals, parts = total_rewards(functions, rollouts)
     ended = torch.tensor([a.ended for a in answers])
     scores = torch.tensor(totals) - config.missing_eos_penalty * ~ended
-    rows = [(ids, list(a.ids)) for (_, ids), a in zip(picked, answers, strict=True)]
     mask = _padded([torch.ones(len(sampled)) for _, sampled in rows]).bool()
     columns: dict[str, list] = {name: [None] * size for name in ("policy", "reference", "values", "entropy")}
     with torch.no_grad():
         # Cut as the first epoch is, so that its first pass repeats these very computations.
-        for mini_batch in _mini_batches(config, rows, step, epoch=0):
+        for mini_batch in _mini_batches(config, rows, step, 0, model.device):
             for micro in mini_batch:
                 batch = Sequences.of([rows[i] for i in micro], tokenizer.pad_token_id, model.device)
                 log_probs, entropy = roles.policy.log_probs(batch, config.sampling.temperature)
-                reference, _ = roles.reference.log_probs(batch, config.sampling.temperature)
+                reference, _ = roles.reference.log_probs(batch, config.sampling.temperature, entropy=False)
                 values = roles.critic.values(batch)
                 for name, flat in (("policy", log_probs), ("reference", reference), ("values", values), ("entropy", entropy)):
                     for i, row in zip(micro, flat.cpu().split(batch.counts), strict=True):
@@ -278,6 +289,48 @@ def _roll_out(config, roles: Roles, tokenizer: PreTrainedTokenizerBase, function
     return _Batch(rows, mask, policy, values, advantages, returns, kl), metrics
 
 
+class _Reuse:
+    """What the roles on one base keep of the layers that no adapter changes; whether they do is settled by the first answers."""
+
+    def __init__(self, config: PpoConfig, roles: Roles, log: Log) -> None:
+        self._roles, self._log = roles, log
+        self._frozen: FrozenLayers | None = None
+        self._checked = False
+        if not config.reuse_frozen_layers:
+            return
+        try:
+            if not roles.on_shared_base:
+                raise NotFrozen("each role has a model of its own")
+            names = dict.fromkeys(name for name, _ in roles.on_shared_base)
+            self._frozen = FrozenLayers(roles.policy_model, list(names), config.micro_batch_size)
+        except NotFrozen as reason:
+            self._do_without(reason)
+
+    def begin_step(self, rows: Sequence[tuple[list[int], list[int]]], pad: int) -> None:
+        """Forget the answers of the step before; on the first ones, try whether the roles may skip layers."""
+        if self._frozen is None:
+            return
+        self._frozen.forget()
+        if self._checked:
+            return
+        self._checked = True
+        by_length = sorted(rows, key=lambda row: sum(map(len, row)))
+        try:
+            # The shortest beside the longest: padding is to be harmless, too.
+            self._frozen.check(Sequences.of([by_length[0], by_length[-1]], pad, self._roles.policy_model.device).inputs)
+        except NotFrozen as reason:
+            self._frozen = None
+            self._do_without(reason)
+            return
+        self._frozen.forget()
+        self._roles.start_from(self._frozen)
+        depths = ", ".join(f"{name} {depth}" for name, depth in self._frozen.depths.items())
+        self._log.say(f"PPO: layers below all adapters are computed once per answer and step; first layer of each: {depths}")
+
+    def _do_without(self, reason: NotFrozen) -> None:
+        self._log.say(f"PPO: every role computes all layers in every epoch: {reason}")
+
+
 class _Learner:
     """Optimisers of policy and critic, the KL coefficient, and what a killed run resumes from."""
 
@@ -303,7 +356,7 @@ class _Learner:
         sums: dict[str, float] = {}
         updates = 0
         for epoch in range(config.ppo_epochs):
-            for mini_batch in _mini_batches(config, batch.rows, step, epoch):
+            for mini_batch in _mini_batches(config, batch.rows, step, epoch, self._roles.policy_model.device):
                 values = self._update(batch, mini_batch, pad)
                 if not updates:
                     first_off = values["ratio_off"]
@@ -419,16 +472,19 @@ class _Learner:
         return int(path.name.removeprefix("checkpoint-")), curves
 
 
-def _mini_batches(config: PpoConfig, rows: Sequence[tuple[list[int], list[int]]], step: int, epoch: int) -> list[list[list[int]]]:
+def _mini_batches(
+    config: PpoConfig, rows: Sequence[tuple[list[int], list[int]]], step: int, epoch: int, device: torch.device
+) -> list[list[list[int]]]:
     """The answers of a step in a seeded order: mini-batches of micro-batches of row numbers. Neighbours in length share a
     micro-batch, so that little of it is padding; which rows a mini-batch holds does not depend on how it is cut."""
     order = list(range(len(rows)))
     random.Random(f"{config.seed} {step} {epoch}").shuffle(order)
-    size, micro = len(rows) // config.mini_batches, config.micro_batch_size
+    size = len(rows) // config.mini_batches
     out = []
     for start in range(0, len(rows), size):
-        by_length = sorted(order[start : start + size], key=lambda i: sum(map(len, rows[i])))
-        out.append([by_length[i : i + micro] for i in range(0, size, micro)])
+        mini_batch = order[start : start + size]
+        lengths = [sum(map(len, rows[i])) for i in mini_batch]
+        out.append([[mini_batch[j] for j in micro] for micro in micro_batches(lengths, config.micro_batch_size, device)])
     return out
 
 

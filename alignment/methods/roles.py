@@ -10,7 +10,7 @@ Reference and policy are computed in exactly the same way, so that before the fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from alignment.methods.frozen_layers import FrozenLayers
 
 POLICY, REFERENCE, CRITIC, REWARD = "default", "reference", "critic", "reward"
 
@@ -76,27 +78,64 @@ class Sequences:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
 
+def micro_batches(lengths: Sequence[int], most: int, device: torch.device) -> list[list[int]]:
+    """Cut rows into batches of up to `most` neighbours in length, shortest first, so that least is computed in all.
+
+    A batch costs its rows times its longest row, and something for being a pass of its own. A CPU takes as long for a padded
+    token as for a real one and needs few rows to be busy, so rows of very different lengths go apart there; an accelerator gets
+    as few batches as possible.
+
+    Args:
+        lengths: tokens per row.
+
+    Returns:
+        Row numbers, batch by batch.
+    """
+    a_pass = _PASS_ON_CPU if device.type == "cpu" else _PASS_ELSEWHERE
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best, start_of = [0], [0]  # of the first n rows: what they cost, and where their last batch starts
+    for end in range(1, len(order) + 1):
+        costs = {i: best[i] + a_pass + (end - i) * lengths[order[end - 1]] for i in range(max(end - most, 0), end)}
+        start = min(costs, key=costs.__getitem__)
+        best.append(costs[start])
+        start_of.append(start)
+    out, end = [], len(order)
+    while end:
+        out.append(order[start_of[end] : end])
+        end = start_of[end]
+    return out[::-1]
+
+
+# In tokens. The CPU's is about what a pass of a 135M model loses to Python and to smaller matrices.
+_PASS_ON_CPU, _PASS_ELSEWHERE = 32, 1_000_000
+
+
 class LanguageRole:
     """A causal language model: the policy or the reference."""
 
     def __init__(self, model: PreTrainedModel, adapters: PeftModel | None, name: str, *, without_adapter: bool = False) -> None:
-        self._model, self._adapters, self._name, self._bare = model, adapters, name, without_adapter
+        self._model, self._adapters, self.name, self._bare = model, adapters, name, without_adapter
         self._plain: bool | None = None
+        self.frozen: FrozenLayers | None = None
 
-    def log_probs(self, batch: Sequences, temperature: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def log_probs(
+        self, batch: Sequences, temperature: float, *, entropy: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(N,) log-probabilities of the sampled tokens, in float32 nats, under the distribution that was sampled from, the
-        softmax of logits / temperature. Where no gradient is computed, (N,) entropies of that distribution, too."""
+        softmax of logits / temperature. Where no gradient is computed, (N,) entropies of that distribution in nats, too, unless
+        `entropy` is false."""
         import torch
 
         with self.active(), computing_in(self._model):
             if self._plain is None:
                 with torch.no_grad():
                     self._plain = only_projects(self._model, {k: v[:1] for k, v in batch.inputs.items()})
-            logits = next_token_logits(self._model, batch.inputs, batch.wanted, self._plain)
+            with _skipped(self.frozen, self.name, batch.inputs):
+                logits = next_token_logits(self._model, batch.inputs, batch.wanted, self._plain)
         with torch.autocast(logits.device.type, enabled=False):
             all_log_probs = (logits / temperature).log_softmax(-1)
-            entropy = None if torch.is_grad_enabled() else -(all_log_probs.exp() * all_log_probs).sum(-1)
-            return all_log_probs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1), entropy
+            of_all = -(all_log_probs.exp() * all_log_probs).sum(-1) if entropy and not torch.is_grad_enabled() else None
+            return all_log_probs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1), of_all
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
@@ -104,7 +143,7 @@ class LanguageRole:
         if self._adapters is None:
             yield self._model
             return
-        switch_on(self._adapters, self._name)
+        switch_on(self._adapters, self.name)
         with self._adapters.disable_adapter() if self._bare else nullcontext():
             yield self._model
 
@@ -112,11 +151,12 @@ class LanguageRole:
         """The parameters that training moves, by name."""
         if self._adapters is None:
             return dict(self._model.named_parameters())
-        return adapter_parameters(self._adapters, self._name)
+        return adapter_parameters(self._adapters, self.name)
 
     @contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:
-        """The model in the form that is fastest to sample from: adapter weights in the base's precision while it lasts."""
+        """The model in the form that is fastest to sample from, while it lasts: adapter weights in the base's precision or, where
+        that is 32 bit, added to the base's. (In 16 bit the sum would round: not quite the policy that learns would answer.)"""
         import torch
 
         with self.active() as model:
@@ -127,7 +167,8 @@ class LanguageRole:
             try:
                 for parameter, data in kept.items():
                     parameter.data = data.to(dtype)
-                yield model
+                with _merged(self._adapters, self.name) if self._adapters is not None else nullcontext():
+                    yield model
             finally:
                 for parameter, data in kept.items():
                     parameter.data = data
@@ -141,6 +182,7 @@ class CriticRole:
 
         self._model, self._adapters = model, adapters
         self.head = torch.nn.Parameter(head.detach().float().clone().to(model.device))  # (1, hidden size)
+        self.frozen: FrozenLayers | None = None
 
     def values(self, batch: Sequences) -> torch.Tensor:
         """(N,) float32: the return expected before each sampled token is drawn."""
@@ -148,7 +190,7 @@ class CriticRole:
 
         if self._adapters is not None:
             switch_on(self._adapters, CRITIC)
-        with computing_in(self._model):
+        with computing_in(self._model), _skipped(self.frozen, CRITIC, batch.inputs):
             states = backbone(self._model)(**batch.inputs)[0][:, :-1][batch.wanted]
         with torch.autocast(states.device.type, enabled=False):
             return (states.float() @ self.head.T).squeeze(-1)
@@ -165,6 +207,7 @@ class SharedScorer:
 
     def __init__(self, model: PreTrainedModel, adapters: PeftModel, head: torch.Tensor) -> None:
         self._model, self._adapters, self._head = model, adapters, head.to(model.device)
+        self.frozen: FrozenLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +223,9 @@ class SharedScorer:
         from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
         switch_on(self._adapters, REWARD)
-        states = backbone(self._model)(input_ids=input_ids, attention_mask=attention_mask)[0]
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with _skipped(self.frozen, REWARD, batch):
+            states = backbone(self._model)(**batch)[0]
         last = states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
         return SequenceClassifierOutputWithPast(logits=last @ self._head.to(last.dtype).T)
 
@@ -195,6 +240,14 @@ class Roles:
     scorer: Any
     policy_model: PreTrainedModel
     """What is saved: a PEFT model whose adapter `default` is the policy's, or the full model."""
+
+    on_shared_base: list[tuple[str, LanguageRole | CriticRole | SharedScorer]]
+    """Roles on `policy_model`, each with the name of the adapter that plays it; none where each role has a model of its own."""
+
+    def start_from(self, frozen: FrozenLayers | None) -> None:
+        """Let the roles on the shared base skip the layers whose states `frozen` keeps; None: they compute all layers."""
+        for _, role in self.on_shared_base:
+            role.frozen = frozen
 
 
 def make_roles(
@@ -272,7 +325,9 @@ def make_roles(
     policy_model.eval()  # new adapters come in training mode, and adding a frozen one freezes the active one
     if peft is not None:
         peft.set_adapter(POLICY)
-    return Roles(policy, reference, critic, scorer, policy_model)
+    played = [(POLICY, policy), (reference.name, reference), (CRITIC, critic), (REWARD, scorer if on_shared else None)]
+    on_base = [(name, role) for name, role in played if shared and role is not None]
+    return Roles(policy, reference, critic, scorer, policy_model, on_base)
 
 
 def switch_on(adapters: PeftModel, name: str) -> None:
@@ -292,6 +347,10 @@ def backbone(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
+def _skipped(frozen: FrozenLayers | None, name: str, batch: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
+    return nullcontext() if frozen is None else frozen.skipped(name, **batch)
+
+
 @contextmanager
 def computing_in(model: PreTrainedModel) -> Iterator[None]:
     """Autocast to the base's precision where that is 16 bit; adapters keep float32 weights."""
@@ -303,6 +362,38 @@ def computing_in(model: PreTrainedModel) -> Iterator[None]:
     # Under autocast PEFT's own cast of every input to float32 would be undone at once.
     with torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half), disable_input_dtype_casting(model, half):
         yield
+
+
+@contextmanager
+def _merged(adapters: PeftModel, name: str) -> Iterator[None]:
+    # Not PEFT's own merging: that subtracts the adapter again in the end, which leaves a rounded base. Here the base's matrices
+    # are put back as they were. They alone are in float32; 4-bit and 16-bit ones are left as they are.
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [
+        layer
+        for layer in adapters.modules()
+        if isinstance(layer, LoraLayer)
+        and name in layer.lora_A
+        and name not in layer.lora_variant
+        and not layer.lora_bias[name]
+        and isinstance(layer.get_base_layer(), (torch.nn.Linear, Conv1D))
+        and layer.get_base_layer().weight.dtype == torch.float32
+    ]
+    before = [layer.get_base_layer().weight.data for layer in layers]
+    try:
+        for layer, weight in zip(layers, before, strict=True):
+            with torch.no_grad():
+                layer.get_base_layer().weight.data = weight + layer.get_delta_weight(name)
+            layer.merged_adapters.append(name)
+        yield
+    finally:
+        for layer, weight in zip(layers, before, strict=True):
+            layer.get_base_layer().weight.data = weight
+            if name in layer.merged_adapters:
+                layer.merged_adapters.remove(name)
 
 
 def _new_adapter(model: PreTrainedModel, config: Any, seed: int) -> PeftModel:

@@ -104,7 +104,7 @@ CASES = {
     "grpo": (RL, {**OTHER_RL, "loss_type": "dr_grpo", "scale_rewards": "none"}),
     "rloo": (RL, OTHER_RL),
 }
-LAYOUT = {"sample_batch_size", "score_batch_size", "share_base", "micro_batch_size", "save_every"}
+LAYOUT = {"sample_batch_size", "score_batch_size", "share_base", "reuse_frozen_layers", "micro_batch_size", "save_every"}
 
 
 @pytest.fixture(scope="module")

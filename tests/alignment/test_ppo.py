@@ -15,7 +15,7 @@ from alignment.errors import UserError
 from alignment.generation import SamplingSettings, generate
 from alignment.likelihood import answer_log_probs
 from alignment.methods.ppo import PpoConfig, train_ppo
-from alignment.methods.roles import Sequences, make_roles
+from alignment.methods.roles import Sequences, make_roles, micro_batches
 from alignment.models import LoadSettings, LoraSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer
 from alignment.records import Conversation, Message, PreferencePair
 from alignment.reward import RewardConfig, score, train_reward_model
@@ -342,6 +342,28 @@ def test_how_a_batch_is_cut_does_not_change_the_result(train, largest_difference
     for name in ("objective/scores", "loss/policy", "loss/value", "policy/approxkl"):
         assert curve(ones, name) == pytest.approx(curve(whole, name), abs=1e-4), name
     assert largest_difference(a, b) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "cpu", "elsewhere"),
+    [
+        ([100, 100, 100], 8, [[0, 1, 2]], [[0, 1, 2]]),
+        ([40, 100, 41, 180], 8, [[0, 2], [1], [3]], [[0, 2, 1, 3]]),  # one pass more saves more than 32 padded tokens
+        ([60, 50, 70, 55], 8, [[1, 3, 0, 2]], [[1, 3, 0, 2]]),  # here it would save 20 or 30
+        ([10, 10, 10, 10, 500], 4, [[0, 1, 2, 3], [4]], [[0, 1, 2, 3], [4]]),
+        ([5] * 5, 2, None, None),
+        ([], 2, [], []),
+    ],
+)
+def test_micro_batches_hold_neighbours_in_length(lengths, most, cpu, elsewhere):
+    for device, expected in (("cpu", cpu), ("cuda", elsewhere)):
+        batches = micro_batches(lengths, most, torch.device(device))
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        assert max(map(len, batches), default=0) <= most
+        if expected is None:
+            assert len(batches) == 3
+        else:
+            assert batches == expected
 
 
 # --- What comes out, and what is refused ------------------------------------------------------------------------------
