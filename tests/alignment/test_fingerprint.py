@@ -44,7 +44,8 @@ LAYOUT = {
     ("RewardMixConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
     ("SftReportConfig", "score_batch_size"),
-    *(("PpoConfig", name) for name in ("share_base", "micro_batch_size", "score_batch_size", "save_every")),
+    *(("PpoConfig", name) for name in ("share_base", "reuse_frozen_layers", "micro_batch_size")),
+    *(("PpoConfig", name) for name in ("score_batch_size", "save_every")),
     *((method, "sample_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
     *((method, "score_batch_size") for method in ("GroupRlConfig", "GrpoConfig", "RlooConfig")),
 }
