@@ -64,7 +64,8 @@ def cpu_seconds_of_children() -> float:
 
 
 def test_definitions_validate_in_three_seconds_of_cpu_time(tmp_path):
-    """Or in four times what `import dagster` takes: a bit over three are usual, and slow machines need a second for that."""
+    """Or in three and a half times what `import dagster` takes, as machines may be slow: two and a half are usual, and Dagster
+    needs two of them for a project with a single asset."""
     imports, validations = [], []
     for _ in range(2):  # in turn, and the quicker of each counts: other processes only ever slow one down
         start = cpu_seconds_of_children()
@@ -82,7 +83,7 @@ def test_definitions_validate_in_three_seconds_of_cpu_time(tmp_path):
         validations.append(cpu_seconds_of_children() - before)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Validation successful for code location alignment" in done.stdout + done.stderr
-    assert min(validations) <= max(3, 4 * min(imports)), (validations, imports)
+    assert min(validations) <= max(3, 3.5 * min(imports)), (validations, imports)
 
 
 def test_the_library_imports_without_orchestrator_tracker_and_data_versioning(python):

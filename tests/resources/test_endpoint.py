@@ -478,7 +478,7 @@ def with_and_without_faults(answerer, folder, tmp_path, tokens, timeout):
 
 def test_a_real_server_behind_faults_gives_the_pairs_that_it_gives_without_them(answerer, tmp_path):
     folder = build_tiny_model(tmp_path / "llama")
-    calm = with_and_without_faults(answerer, folder, tmp_path, tokens=8, timeout=20.0)
+    calm = with_and_without_faults(answerer, folder, tmp_path, tokens=8, timeout=10.0)
     model = load_causal_lm(ModelFiles(folder), LoadSettings(dtype="float32"))
     greedy = SamplingSettings(temperature=0.0, max_new_tokens=8)
     local = LocalAnswerer(model, load_tokenizer(folder)).answer(CONVERSATIONS[:6], greedy, seeds=SEEDS[:6])
