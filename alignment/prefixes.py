@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-WORTH_READING = 64  # tokens that reading a common beginning by itself must save; a forward pass of its own costs as much as a few
+WORTH_READING = 16  # tokens that reading a common beginning by itself must save; all of one depth are read in one pass
 KEPT_BYTES = 2**30  # of keys and values that `Prefixes.keep` holds on to
 
 
@@ -38,7 +38,8 @@ class Opened:
     Attributes:
         cache: holds the first P positions of every row; None where nothing was read and no room asked for, or the model's own
             way of caching has to do.
-        input_ids: (B, P + R), what is left to read right of P; `pad` wherever the mask is 0.
+        input_ids: (B, P + R), what is left to read right of P. Where the mask is 0: the row's first token in the gap after what
+            was read, `pad` elsewhere.
         attention_mask: (B, P + R).
         past: P.
     """
@@ -97,6 +98,8 @@ class Prefixes:
         mask = torch.zeros_like(ids)
         for i, ((_, length), tokens) in enumerate(zip(found, rest, strict=True)):
             at = past + width - len(tokens) if left else past
+            if length:  # a gap is no padding to a repetition penalty: it holds a token that the row has anyway
+                ids[i, length:at] = rows[i][0]
             ids[i, :length], mask[i, :length] = torch.tensor(rows[i][:length]), 1
             ids[i, at : at + len(tokens)], mask[i, at : at + len(tokens)] = torch.tensor(tokens), 1
         capacity = past + width + (room or 0)
