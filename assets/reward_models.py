@@ -145,9 +145,13 @@ def _train(
             inputs=inputs,
             # Where a constitution only says which human pairs count, another with the same ones has the same model.
             constitution=None if pairs_decide else rules,
-            versions={"preference_domains": ",".join(sorted(rules.preference_domains))} if pairs_decide else {},
+            versions=_domains(rules) if pairs_decide else {},
             compute=compute,
             model_artifact=True,
         )
 
     return materialize(context, stage, tools, force=config.force)
+
+
+def _domains(rules: Constitution) -> dict[str, str]:
+    return {"preference_domains": ",".join(sorted(rules.preference_domains))} if rules.preference_domains else {}

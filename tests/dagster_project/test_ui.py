@@ -1,5 +1,6 @@
 """`make ui` ends what it started."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -34,7 +35,11 @@ def test_it_ends_both_servers_however_often_it_is_told_to(tmp_path, monkeypatch,
     server = tmp_path / "server"
     server.write_text(SERVER)
     server.chmod(0o755)
-    process = subprocess.Popen([sys.executable, "-c", UI, server], cwd=PROJECT, stdout=subprocess.DEVNULL)
+    # Tests that a script starts in the background ignore Ctrl-C, Dagster then has this process ignore SIGTERM, too, and children
+    # would inherit it.
+    listen = functools.partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+    command = [sys.executable, "-c", UI, server]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, preexec_fn=listen)
     until = time.monotonic() + 60
     while len(list(tmp_path.glob("server.*"))) < 2:
         assert process.poll() is None
