@@ -5,7 +5,6 @@ Bounds are left out here and checked when the step starts: Dagster would treat a
 Null is let through for the same reason: Dagster's schema allows it wherever there is a default.
 """
 
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 import dagster as dg
@@ -30,7 +29,7 @@ def _convert(name: str, config: BaseModel, extra: dict[str, Any]) -> type[dg.Con
     for key, info in type(config).model_fields.items():
         value = getattr(config, key)
         if isinstance(value, BaseModel):
-            nested = _nested(type(value), value.model_dump_json())
+            nested = _nested(value)
             fields[key] = (nested, Field(default_factory=nested, description=info.description))
         else:
             fields[key] = (_nullable(info.annotation), Field(default=value, description=info.description))
@@ -39,10 +38,15 @@ def _convert(name: str, config: BaseModel, extra: dict[str, Any]) -> type[dg.Con
     return model
 
 
-@cache
-def _nested(kind: type[BaseModel], values: str) -> type[dg.Config]:
+_NESTED: dict[tuple[type[BaseModel], str], type[dg.Config]] = {}
+
+
+def _nested(config: BaseModel) -> type[dg.Config]:
     # Many stages hold the same settings with the same values (how an adapter is shaped, how a model is loaded).
-    return _convert(kind.__name__, kind.model_validate_json(values), {})
+    key = type(config), repr(config)
+    if key not in _NESTED:
+        _NESTED[key] = _convert(type(config).__name__, config, {})
+    return _NESTED[key]
 
 
 def _nullable(annotation: Any) -> Any:
