@@ -80,10 +80,10 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = len(_common_prefix(ids, _render(tokenizer, messages[:i], generation_prompt=True)))
+        start = common_length(ids, _render(tokenizer, messages[:i], generation_prompt=True))
         if start != len(_render(tokenizer, messages[:i], generation_prompt=True)):
             raise TemplateError(_NOT_APPENDING)
-        turn_end = len(_common_prefix(ids, _render(tokenizer, messages[: i + 1], generation_prompt=False)))
+        turn_end = common_length(ids, _render(tokenizer, messages[: i + 1], generation_prompt=False))
         if eos not in ids[start:turn_end]:
             raise TemplateError(
                 f"the chat template does not end an assistant turn with EOS {tokenizer.eos_token!r}, so the model would "
@@ -94,6 +94,14 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
         labels[start:end] = ids[start:end]
     last = _last(ids, eos) + 1
     return Example(ids[:last], labels[:last])
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -142,15 +150,6 @@ def _ids_of_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> l
         for i, part in enumerate(parts)
         for token in ([tokenizer.convert_tokens_to_ids(part)] if i % 2 else text_ids(tokenizer, part) if part else [])
     ]
-
-
-def _common_prefix(a: list[int], b: list[int]) -> list[int]:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return a[:n]
 
 
 def _last(ids: list[int], token: int) -> int:

@@ -20,7 +20,7 @@ from alignment.chat import prompt_ids
 from alignment.context_length import check_length
 from alignment.fingerprint import layout
 from alignment.models import Config
-from alignment.prefixes import Prefixes, can_share
+from alignment.prefixes import Prefixes
 from alignment.progress import SILENT, Log, Progress
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _generate_batch(
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=eos,
             )
-            if remember is not None and ids.shape[1] == width and can_share(model):
+            if remember is not None and ids.shape[1] == width:
                 remember.keep(cache, done, torch.cat([mask, _before_the_end(done[:, width:], eos)], dim=1))
             out[rows, : done.shape[1] - width] = done[:, width:].cpu()
             alive = (~(done[:, width:] == eos).any(dim=1)).nonzero().squeeze(-1)

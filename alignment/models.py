@@ -203,6 +203,13 @@ def _check_same_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def backbone(model: Any) -> Any:
+    """The model without its head and without a PEFT wrapper (adapters inside its layers are applied): its first output is the
+    (B, T, hidden size) states."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, inner.base_model_prefix)
+
+
 def lora_config(settings: LoraSettings, model: PreTrainedModel, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
     """peft's LoraConfig for these settings on this model.
 

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from alignment.chat import common_length
+from alignment.models import backbone
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -75,7 +78,7 @@ class Prefixes:
             new = [tokens for tokens in level if out.length_of(tokens) < len(tokens)]
             if new:
                 batch = out.open(new, pad, room=0)
-                _backbone(self._model)(**batch.inputs())
+                backbone(self._model)(**batch.inputs())
                 out.add(batch.cache, batch.input_ids, batch.attention_mask)
         return out
 
@@ -119,7 +122,9 @@ class Prefixes:
         self._read.sort(key=lambda r: r.tokens)
 
     def keep(self, cache: Any, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """`add`, as long as less than `KEPT_BYTES` are held."""
+        """`add`, as long as less than `KEPT_BYTES` are held; nothing for a model that cannot go on from it."""
+        if not can_share(self._model):
+            return
         size = sum(tensor.nbytes for layer in cache.layers for tensor in layer.room)
         if self._bytes + size <= KEPT_BYTES:
             self._bytes += size
@@ -171,19 +176,11 @@ def common_beginnings(rows: Sequence[Sequence[int]]) -> list[list[tuple[int, ...
     return levels
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
-
-
 def can_share(model: Any) -> bool:
     """Whether a model can go on from kept keys and values: it takes them, and positions, and every layer looks at all tokens."""
     if not hasattr(model, "base_model_prefix") and not hasattr(model, "get_base_model"):
         return False
-    taken = inspect.signature(_backbone(model).forward).parameters
+    taken = inspect.signature(backbone(model).forward).parameters
     if not {"position_ids", "past_key_values", "attention_mask"} <= set(taken):
         return False
     cache = growing_cache(model, 0)
@@ -203,7 +200,7 @@ def growing_cache(model: PreTrainedModel, capacity: int):
         return None
 
     class GrowingLayer(DynamicLayer):
-        room: list[torch.Tensor]  # keys and values, (B, heads, capacity, head size)
+        room: Sequence[torch.Tensor] = ()  # keys and values, (B, heads, capacity, head size)
 
         def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
             super().lazy_initialization(key_states, value_states)
@@ -230,8 +227,6 @@ def growing_cache(model: PreTrainedModel, capacity: int):
     if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return cache  # sliding windows and the like keep the library's layers
     cache.layers = [GrowingLayer() for _ in cache.layers]
-    for layer in cache.layers:
-        layer.room = []
     return cache
 
 
@@ -254,8 +249,3 @@ def _fill(cache: Any, found: Sequence[tuple[_Read | None, int]], past: int, capa
                 target[rows, :, :past] = source[of, :, at].transpose(1, 2)
         layer.lazy_initialization(room[0][:, :, :0], room[1][:, :, :0])
         layer.set_room(room, past)
-
-
-def _backbone(model: Any) -> Any:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(inner, inner.base_model_prefix)

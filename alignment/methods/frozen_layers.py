@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from alignment.methods.roles import backbone, computing_in, micro_batches, switch_on
+from alignment.methods.roles import computing_in, micro_batches, switch_on
+from alignment.models import backbone
 
 if TYPE_CHECKING:
     import torch

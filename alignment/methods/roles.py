@@ -22,6 +22,7 @@ from alignment.models import (
     LoadSettings,
     LoraSettings,
     ModelFiles,
+    backbone,
     load_causal_lm,
     load_for_training,
     load_reward_model,
@@ -340,11 +341,6 @@ def adapter_parameters(adapters: PeftModel, name: str) -> dict[str, torch.nn.Par
     """The parameters of one adapter, by name."""
     switch_on(adapters, name)
     return {n: p for n, p in adapters.named_parameters() if p.requires_grad}
-
-
-def backbone(model: PreTrainedModel) -> torch.nn.Module:
-    """The model without its head: its first output is the (B, T, hidden size) states."""
-    return getattr(model, model.base_model_prefix)
 
 
 def _skipped(frozen: FrozenLayers | None, name: str, batch: dict[str, torch.Tensor]) -> AbstractContextManager[None]:

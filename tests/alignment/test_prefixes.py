@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from alignment import prefixes
+from alignment.chat import common_length
 from alignment.critic import LocalAnswerer
 from alignment.generation import SamplingSettings, sample_ids
 from alignment.models import ModelFiles, load_causal_lm, load_reward_model
-from alignment.prefixes import WORTH_READING, Prefixes, can_share, common_beginnings, common_length
+from alignment.prefixes import WORTH_READING, Prefixes, can_share, common_beginnings
 from alignment.reward import score
 
 SYSTEM = list(range(10, 60))
@@ -96,6 +98,23 @@ def test_a_conversation_that_goes_on_is_not_read_again(model, tokenizer, tokens_
     tokens_read.clear()
     answerer.answer(more, GREEDY, seeds=[0, 1])  # what nobody said would go on was let go
     assert tokens_read[0] > read
+
+
+def test_what_does_not_fit_the_memory_set_aside_is_read_again(model, tokenizer, tokens_read, monkeypatch):
+    monkeypatch.setattr(prefixes, "KEPT_BYTES", 0)
+    answerer = LocalAnswerer(model, tokenizer)
+    asked = [[{"role": "user", "content": "x" * 70}]]
+    (first,) = answerer.answer(asked, GREEDY, seeds=[0], continued=True)
+    more = [[*asked[0], {"role": "assistant", "content": first.text}, {"role": "user", "content": "again"}]]
+    tokens_read.clear()
+    second = answerer.answer(more, GREEDY, seeds=[0])
+    assert tokens_read[0] > 70
+    assert LocalAnswerer(model, tokenizer).answer(more, GREEDY, seeds=[0]) == second
+
+
+def test_sampling_leaves_the_vocabularys_head_as_it_was(model, tokenizer):
+    sample_ids(model, tokenizer, prompts(tokenizer, "a"), GREEDY)
+    assert "forward" not in vars(model.get_output_embeddings())
 
 
 def test_scores_are_those_of_texts_read_alone(tiny_model, tokenizer, float32):
