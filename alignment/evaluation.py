@@ -100,23 +100,22 @@ def measure_sft(
     """
     heldout = _limited(heldout, config)
     tokenizer = load_tokenizer(base.base)
+    n = config.samples_per_prompt
     with _loaded(sft, config.load) as model:
         answers, nll, correct = _answer(model, tokenizer, config, heldout, log, "SFT")
     examples: list[Completion] = []
     if config.base_examples:
         with _loaded(base, config.load) as model:
-            questions, seeds = _questions(config, heldout)
-            rows = min(config.base_examples, len(heldout.prompts)) * config.samples_per_prompt
-            questions, seeds = questions[:rows], seeds[:rows]
+            # The table shows the first answer to a prompt.
+            questions, seeds = (of_all[::n][: config.base_examples] for of_all in _questions(config, heldout))
             examples = generate(model, tokenizer, questions, config.sampling, seeds=seeds, log=log, what="base answers")
     scores, rewards = _scored(config, config, tokenizer, heldout, answers, evaluator, reward_model, log)
     measured = Measured(settings=config, answers=tuple(answers), scores=scores, rewards=rewards, nll=nll, correct=tuple(correct))
-    n = config.samples_per_prompt
     table = [
         {
             "prompt": p.prompt,
             "tags": ", ".join(p.tags),
-            "base": examples[i * n].text if i * n < len(examples) else "",
+            "base": examples[i].text if i < len(examples) else "",
             "sft": answers[i * n].text,
             "score_sft": scores[i * n],
         }
