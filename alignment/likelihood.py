@@ -24,13 +24,22 @@ def label_log_probs(
     Only labelled positions are projected onto the vocabulary, except for models that do more to their logits than project
     (Gemma caps them, Granite divides them): their own logits are taken, at all positions.
     """
+    return [total for total, _ in label_and_last_log_probs(model, tokenizer, rows, batch_size)]
+
+
+def label_and_last_log_probs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int
+) -> list[tuple[float, float]]:
+    """As `label_log_probs`, and beside each sum the log-probability of the row's last label alone."""
     import torch
 
-    def sums(logits: torch.Tensor, targets: torch.Tensor, wanted: torch.Tensor) -> list[float]:
+    def both(logits: torch.Tensor, targets: torch.Tensor, wanted: torch.Tensor) -> list[tuple[float, float]]:
         logp = logits.log_softmax(-1).gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
-        return torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp).sum(-1).tolist()
+        placed = torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp)
+        last = (wanted * torch.arange(wanted.shape[1], device=wanted.device)).argmax(-1, keepdim=True)
+        return list(zip(placed.sum(-1).tolist(), placed.gather(-1, last).squeeze(-1).tolist(), strict=True))
 
-    return _read_labelled(model, tokenizer, rows, batch_size, sums)
+    return _read_labelled(model, tokenizer, rows, batch_size, both)
 
 
 def first_token_log_probs(

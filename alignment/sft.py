@@ -17,7 +17,7 @@ from alignment.chat import IGNORE, training_example
 from alignment.context_length import check_length
 from alignment.cpu import speed_up
 from alignment.errors import UserError
-from alignment.likelihood import label_log_probs
+from alignment.likelihood import label_and_last_log_probs, label_log_probs
 from alignment.models import (
     Config,
     LoadSettings,
@@ -103,8 +103,7 @@ def train_sft(
     before = nats_per_token(trainer.model, tokenizer, held, config.optim.micro_batch_size)
     trained = run_trainer(trainer, work, log, what)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    after = nats_per_token(model, tokenizer, held, config.optim.micro_batch_size)
-    stops = eos_probability(model, tokenizer, held[:_ROWS_FOR_EOS], config.optim.micro_batch_size)
+    after, stops = loss_and_eos_probability(model, tokenizer, held, config.optim.micro_batch_size)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     metrics = {
         "train/loss": trained.mean("loss"),
@@ -123,26 +122,27 @@ def nats_per_token(model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dic
 
     Over all tokens, and so the same however they are batched; a trainer's own `eval_loss` is a mean over batches.
     """
-    if not rows:
-        return float("nan")
-    log_probs = label_log_probs(model, tokenizer, [(row["input_ids"], row["labels"]) for row in rows], batch_size)
-    return -sum(log_probs) / sum(label != IGNORE for row in rows for label in row["labels"][1:])
+    return loss_and_eos_probability(model, tokenizer, rows, batch_size)[0]
 
 
-_ROWS_FOR_EOS = 64  # enough to tell a learnt stop token from one that is not, in seconds on a CPU
+def loss_and_eos_probability(
+    model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], batch_size: int
+) -> tuple[float, float]:
+    """`nats_per_token` of `rows`, and the mean probability that the model ends where the last answer of a row ends; NaN without
+    rows.
 
-
-def eos_probability(model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], batch_size: int) -> float:
-    """Mean probability that the model ends where the last answer of a row ends; NaN without rows.
-
-    A model that never learnt its stop token gives about 0: its answers run on to the token limit.
+    A model that never learnt its stop token gives a probability of about 0: its answers run on to the token limit.
     """
     if not rows:
-        return float("nan")
-    # Not from the labels, in which a stop token that was forgotten is missing.
-    eos = [tokenizer.eos_token_id]
-    ends = [(row["input_ids"][:-1] + eos, [IGNORE] * (len(row["input_ids"]) - 1) + eos) for row in rows]
-    return sum(map(math.exp, label_log_probs(model, tokenizer, ends, batch_size))) / len(rows)
+        return float("nan"), float("nan")
+    read = label_and_last_log_probs(model, tokenizer, [(row["input_ids"], row["labels"]) for row in rows], batch_size)
+    loss = -sum(total for total, _ in read) / sum(label != IGNORE for row in rows for label in row["labels"][1:])
+    eos = tokenizer.eos_token_id
+    ends = [last for row, (_, last) in zip(rows, read, strict=True) if row["labels"][-1] == eos]
+    # Labels in which the stop token was forgotten do not tell; these rows are read again, with one.
+    endless = [row["input_ids"][:-1] for row in rows if row["labels"][-1] != eos]
+    ends += label_log_probs(model, tokenizer, [([*ids, eos], [IGNORE] * len(ids) + [eos]) for ids in endless], batch_size)
+    return loss, sum(map(math.exp, ends)) / len(rows)
 
 
 def _tokenise(tokenizer, conversations: Sequence[Conversation], max_length: int) -> tuple[list[dict], int]:

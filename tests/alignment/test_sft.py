@@ -10,7 +10,7 @@ from alignment.generation import SamplingSettings, generate
 from alignment.likelihood import label_log_probs
 from alignment.models import LoraSettings, ModelFiles, load_causal_lm, load_tokenizer
 from alignment.records import Conversation, Message
-from alignment.sft import NothingToTrain, SftConfig, train_sft
+from alignment.sft import NothingToTrain, SftConfig, loss_and_eos_probability, train_sft
 from alignment.training import OptimSettings
 
 
@@ -58,6 +58,29 @@ def nats_per_token(model, tokenizer, conversations):
     examples = [training_example(tokenizer, [m.model_dump() for m in c.messages]) for c in conversations]
     total = sum(label_log_probs(model, tokenizer, [(e.input_ids, e.labels) for e in examples], 3))
     return -total / sum(label != -100 for e in examples for label in e.labels)
+
+
+def eos_after(model, tokenizer, row):
+    """The probability of EOS where the row's last token stands, by a plain forward pass."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([row["input_ids"][:-1]])).logits[0, -1]
+    return logits.softmax(-1)[tokenizer.eos_token_id].item()
+
+
+def test_the_probability_of_the_end_is_that_of_eos_whether_or_not_it_was_labelled(tiny_model, float32):
+    model, tokenizer = load_causal_lm(ModelFiles(tiny_model), float32), load_tokenizer(tiny_model)
+    told = [training_example(tokenizer, [m.model_dump() for m in c.messages]) for c in HELDOUT]
+    rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in told]
+    assert all(row["labels"][-1] == tokenizer.eos_token_id for row in rows)
+    forgotten = [{"input_ids": row["input_ids"], "labels": [*row["labels"][:-1], -100]} for row in rows]
+    by_hand = sum(eos_after(model, tokenizer, row) for row in rows) / len(rows)
+    loss, end = loss_and_eos_probability(model, tokenizer, rows, 4)
+    assert end == pytest.approx(by_hand, rel=1e-4)
+    assert loss == pytest.approx(nats_per_token(model, tokenizer, HELDOUT), abs=1e-4)
+    for half in (forgotten, [*rows[:3], *forgotten[3:]]):
+        assert loss_and_eos_probability(model, tokenizer, half, 4)[1] == pytest.approx(by_hand, rel=1e-4)
+    nothing = loss_and_eos_probability(model, tokenizer, [], 4)
+    assert all(math.isnan(value) for value in nothing)
 
 
 # --- Learning ---------------------------------------------------------------------------------------------------------

@@ -100,6 +100,18 @@ def test_the_test_recipe_is_in_force_and_differs_from_the_defaults():
     assert recipe_config("sft_checkpoint", SftConfig) != SftConfig()
 
 
+def test_infinity_in_nested_settings_reaches_the_launchpad():
+    config = SftConfig(optim={"max_grad_norm": float("inf")})
+    opened = launch_config("unclipped", config)()
+    assert opened.optim.max_grad_norm == float("inf")
+    assert checked_config(SftConfig, opened.model_dump()) == config
+
+
+def test_settings_that_differ_in_one_number_are_told_apart():
+    small, large = (launch_config(f"r{r}", SftConfig(lora={"r": r}))() for r in (2, 4))
+    assert (small.lora.r, large.lora.r) == (2, 4)
+
+
 def test_a_partial_override_keeps_the_recipes_other_values():
     config = recipe_config("sft_checkpoint", SftConfig)
     given = {"ops": {"sft_checkpoint": {"config": {"optim": {"learning_rate": 0.5}}}}}
