@@ -6,7 +6,6 @@ one from a Hub id or a wheel). `trust_remote_code` stays off unless a recipe say
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-LAYERS_READ = "base_layers.json"  # beside an adapter that stands on the first layers of its base alone
 
 
 class Config(BaseModel):
@@ -165,48 +163,23 @@ def load_reward_model(
     tokenizer: PreTrainedTokenizerBase,
     trainable: bool = False,
     seed: int = 0,
-    base_layers: int = 0,
 ) -> PreTrainedModel:
     """A sequence classifier with one label, the scalar reward; a score head that is not in the files is drawn from `seed`.
 
     The tokenizer's pad token is set on the model: the score is read at the last token that is not padding.
 
-    Args:
-        base_layers: read only so many of the base's layers; 0: as many as the adapter was trained with, or else all.
-
     Raises:
         TemplateError: `tokenizer` renders a conversation differently from the one saved beside the model.
-        UserError: the base has fewer layers than `base_layers`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     _check_same_text(files.adapter or files.base, tokenizer)
     _refuse_training_of_4_bit_weights(files, settings, trainable)
     torch.manual_seed(seed)
-    config = AutoConfig.from_pretrained(str(files.base), num_labels=1, trust_remote_code=settings.trust_remote_code)
-    if layers := base_layers or layers_read(files):
-        _cut_after(layers, config, files.base)
-    model = AutoModelForSequenceClassification.from_pretrained(str(files.base), config=config, **_load_kwargs(settings))
+    model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
     model.config.pad_token_id = tokenizer.pad_token_id
     return _with_adapter(model, files, trainable)
-
-
-def layers_read(files: ModelFiles) -> int:
-    """How many of its base's layers a saved adapter stands on; 0: all of them."""
-    shape = files.adapter / LAYERS_READ if files.adapter is not None else None
-    return json.loads(shape.read_text(encoding="utf-8"))["base_layers"] if shape is not None and shape.is_file() else 0
-
-
-def _cut_after(layers: int, config: Any, base: Path) -> None:
-    text = config.get_text_config()
-    if layers > text.num_hidden_layers:
-        raise UserError(
-            f"base_layers: {layers}: the base model {base} has {text.num_hidden_layers} layers. Remedy: give fewer, or 0 for all."
-        )
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    text.num_hidden_layers = layers
 
 
 # Two turns, so that what a template writes between them shows, too.

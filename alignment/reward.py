@@ -18,7 +18,6 @@ otherwise go unnoticed. `calibration.json` beside the weights maps rewards to he
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,6 @@ from alignment.context_length import check_length, position_limit
 from alignment.cpu import speed_up
 from alignment.fingerprint import layout
 from alignment.models import (
-    LAYERS_READ,
     Config,
     LoadSettings,
     LoraSettings,
@@ -70,12 +68,6 @@ class RewardConfig(Config):
     load: LoadSettings = Field(LoadSettings(), description="How the base is loaded")
     optim: OptimSettings = Field(
         OptimSettings(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=8), description="Training settings"
-    )
-    base_layers: int = Field(
-        0,
-        ge=0,
-        description="Read only the first n layers of the base: that much less to compute in training and in scoring. The score "
-        "head stands on the last of them; 0 reads all",
     )
     max_length: int = Field(512, ge=16, description="Pairs with a longer conversation (tokens) are dropped and counted")
     center_rewards_coefficient: float = Field(
@@ -143,14 +135,7 @@ def train_reward_model(
     if config.finetuning == "full":
         load = load.model_copy(update={"dtype": "float32"})
     arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
-    model = load_reward_model(
-        base,
-        load,
-        tokenizer=tokenizer,
-        trainable=config.finetuning == "full",
-        seed=config.optim.seed,
-        base_layers=config.base_layers,
-    )
+    model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
     check_length(model, config.max_length, "max_length", "lower it")
     limit = position_limit(model)
     readable = [pair for pair in heldout if _tokenise(tokenizer, pair, limit) is not None]
@@ -185,8 +170,6 @@ def train_reward_model(
     # accelerate wraps the model's forward in autocast for training; later stages score without it, so it comes off here.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
-    if config.base_layers and config.finetuning == "lora":
-        (out / "model" / LAYERS_READ).write_text(json.dumps({"base_layers": config.base_layers}), encoding="utf-8")
     # From here on the model is the one that later stages will load, not the one in memory.
     model, gap = _reload(config, base, out, tokenizer, (readable or train)[:4], model)
     chosen, rejected = score_pairs(model, tokenizer, readable, config.score_batch_size, log)

@@ -2,9 +2,7 @@
 
 RLHF is said to need four models in memory. With adapters it needs one: whichever roles stand on the same base become
 adapters of one loaded model, with a small head where they need one, and a role is played by switching its adapter on.
-A role that cannot share gets a model of its own: a reward model over another base, or weights that are all trained. A reward
-model that reads only the first layers of the base (`base_layers`), and a critic that starts as one, is a model whose layers are
-the shared base's.
+A role that cannot share gets a model of its own: a reward model over another base, or weights that are all trained.
 
 Reference and policy are computed in exactly the same way, so that before the first step their difference is exactly 0.
 """
@@ -25,7 +23,6 @@ from alignment.models import (
     LoraSettings,
     ModelFiles,
     backbone,
-    layers_read,
     load_causal_lm,
     load_for_training,
     load_reward_model,
@@ -184,7 +181,7 @@ class CriticRole:
     def __init__(self, model: PreTrainedModel, adapters: PeftModel | None, head: torch.Tensor) -> None:
         import torch
 
-        self.model, self._adapters = model, adapters
+        self._model, self._adapters = model, adapters
         self.head = torch.nn.Parameter(head.detach().float().clone().to(model.device))  # (1, hidden size)
         self.frozen: FrozenLayers | None = None
 
@@ -194,8 +191,8 @@ class CriticRole:
 
         if self._adapters is not None:
             switch_on(self._adapters, CRITIC)
-        with computing_in(self.model), _skipped(self.frozen, CRITIC, batch.inputs):
-            states = backbone(self.model)(**batch.inputs)[0][:, :-1][batch.wanted]
+        with computing_in(self._model), _skipped(self.frozen, CRITIC, batch.inputs):
+            states = backbone(self._model)(**batch.inputs)[0][:, :-1][batch.wanted]
         with torch.autocast(states.device.type, enabled=False):
             return (states.float() @ self.head.T).squeeze(-1)
 
@@ -203,7 +200,7 @@ class CriticRole:
         """The parameters that training moves, by name; the value head is among them."""
         if self._adapters is not None:
             return adapter_parameters(self._adapters, CRITIC) | {"head": self.head}
-        return {n: p for n, p in backbone(self.model).named_parameters() if p.requires_grad} | {"head": self.head}
+        return {n: p for n, p in backbone(self._model).named_parameters() if p.requires_grad} | {"head": self.head}
 
 
 class SharedScorer:
@@ -302,22 +299,16 @@ def make_roles(
         reference = (
             LanguageRole(other, None, POLICY) if sft.adapter is None else LanguageRole(other.get_base_model(), other, POLICY)
         )
-    same_base = shared and reward is not None and reward.adapter is not None and reward.base == sft.base
-    on_shared = same_base and not layers_read(reward)
+    on_shared = shared and reward is not None and reward.adapter is not None and reward.base == sft.base
     scorer, head = None, None
     if on_shared:
         head = _add_adapter(peft, reward.adapter, REWARD)
         scorer = SharedScorer(inner, peft, head)
     elif reward is not None:
         scorer = load_reward_model(reward, load, tokenizer=reward_tokenizer).requires_grad_(False)
-        if same_base:
-            _stand_on(inner, scorer)
     if on_shared and from_reward:
         _add_adapter(peft, reward.adapter, CRITIC, trainable=True)
         critic = CriticRole(inner, peft, head)
-    elif same_base and from_reward:
-        critic = _own_critic(sft, reward, load, reward_tokenizer, full, lora, seed)
-        _stand_on(inner, critic.model)
     elif shared:
         start = sft.adapter
         if from_reward:
@@ -335,9 +326,8 @@ def make_roles(
     policy_model.eval()  # new adapters come in training mode, and adding a frozen one freezes the active one
     if peft is not None:
         peft.set_adapter(POLICY)
-    played = [(POLICY, policy), (reference.name, reference), (CRITIC, critic), (REWARD, scorer)]
-    apart = set() if on_shared else {REWARD, CRITIC} if same_base and from_reward else {REWARD}
-    on_base = [(name, role) for name, role in played if shared and role is not None and name not in apart]
+    played = [(POLICY, policy), (reference.name, reference), (CRITIC, critic), (REWARD, scorer if on_shared else None)]
+    on_base = [(name, role) for name, role in played if shared and role is not None]
     return Roles(policy, reference, critic, scorer, policy_model, on_base)
 
 
@@ -432,29 +422,6 @@ def _add_adapter(peft: PeftModel, folder: Path, name: str, *, trainable: bool = 
     if result.unexpected_keys:
         raise UserError(f"{folder}: its adapter does not fit the base model: unknown weights {result.unexpected_keys[:2]}.")
     return head
-
-
-def _stand_on(base: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Make the layers of `model`, which reads only the first ones of `base`, those very layers: its adapter stays its own, and
-    its copy of the base's weights is freed."""
-    from peft.tuners.lora import LoraLayer
-
-    theirs, ours = (dict(backbone(m).named_modules()) for m in (base, model))
-
-    def plain(module: Any) -> Any:
-        return module.get_base_layer() if isinstance(module, LoraLayer) else module
-
-    inside_adapters = tuple(f"{name}." for name, module in ours.items() if isinstance(module, LoraLayer))
-    for name, module in ours.items():
-        shared = plain(theirs[name]) if name in theirs and not name.startswith(inside_adapters) else None
-        # What an adapter wraps in another way than LoRA does (embeddings of added tokens) stays apart.
-        if shared is None or type(shared) is not type(plain(module)) or not list(shared.parameters(recurse=False)):
-            continue
-        if isinstance(module, LoraLayer):
-            module.base_layer = shared
-        else:
-            parent, _, last = name.rpartition(".")
-            setattr(ours[parent], last, shared)
 
 
 def _own_critic(sft, reward, load, tokenizer, full, lora, seed) -> CriticRole:

@@ -8,8 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import alignment.reward
-from alignment.errors import UserError
-from alignment.models import LoadSettings, LoraSettings, ModelFiles, backbone, load_reward_model, load_tokenizer
+from alignment.models import LoadSettings, LoraSettings, ModelFiles, load_reward_model, load_tokenizer
 from alignment.records import Message, PreferencePair, WeightedPair
 from alignment.reward import (
     HeadLost,
@@ -87,23 +86,13 @@ def full(train):
     return train(finetuning="full")
 
 
-@pytest.fixture(scope="module")
-def first_layer(train):
-    return train(base_layers=1)
-
-
-@pytest.fixture(scope="module")
-def first_layer_full(train):
-    return train(base_layers=1, finetuning="full")
-
-
-@pytest.fixture(params=["lora", "full", "first_layer", "first_layer_full"])
+@pytest.fixture(params=["lora", "full"])
 def either(request):
     return request.param, *request.getfixturevalue(request.param)
 
 
 def loaded(kind, folder, tiny_model, float32, **kwargs):
-    files = ModelFiles(folder) if kind.endswith("full") else ModelFiles(tiny_model, folder)
+    files = ModelFiles(tiny_model, folder) if kind == "lora" else ModelFiles(folder)
     tokenizer = load_tokenizer(tiny_model)
     return load_reward_model(files, float32, tokenizer=tokenizer, **kwargs), tokenizer
 
@@ -118,20 +107,6 @@ def test_one_telling_word_is_learnt(either):
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
     assert metrics["train/pairs"] == 160
     assert trained.steps == len(losses) == 20
-
-
-@pytest.mark.parametrize("kind", ["first_layer", "first_layer_full"])
-def test_the_first_layers_alone_give_the_score(kind, request, tiny_model, float32):
-    """The second layer of a model of two may be anything: a reward model of one layer has none."""
-    *_, folder = request.getfixturevalue(kind)
-    model, _ = loaded(kind, folder, tiny_model, float32)
-    assert model.config.num_hidden_layers == len(backbone(model).layers) == 1
-    assert load_reward_model(ModelFiles(tiny_model), float32, tokenizer=load_tokenizer(tiny_model)).config.num_hidden_layers == 2
-
-
-def test_more_layers_than_the_base_has_are_refused(train):
-    with pytest.raises(UserError, match=r"base_layers: 9: the base model .* has 2 layers\. Remedy: give fewer, or 0"):
-        train(base_layers=9)
 
 
 def test_flipped_labels_teach_the_opposite(train):
