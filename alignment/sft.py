@@ -125,11 +125,14 @@ def nats_per_token(model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dic
     return loss_and_eos_probability(model, tokenizer, rows, batch_size)[0]
 
 
+_ROWS_FOR_EOS = 64  # enough to tell a learnt stop token from one that is not
+
+
 def loss_and_eos_probability(
     model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], batch_size: int
 ) -> tuple[float, float]:
-    """`nats_per_token` of `rows`, and the mean probability that the model ends where the last answer of a row ends; NaN without
-    rows.
+    """`nats_per_token` of `rows`, and the mean probability that the model ends where the last answer of one of the first 64 rows
+    ends; NaN without rows.
 
     A model that never learnt its stop token gives a probability of about 0: its answers run on to the token limit.
     """
@@ -138,11 +141,12 @@ def loss_and_eos_probability(
     read = label_and_last_log_probs(model, tokenizer, [(row["input_ids"], row["labels"]) for row in rows], batch_size)
     loss = -sum(total for total, _ in read) / sum(label != IGNORE for row in rows for label in row["labels"][1:])
     eos = tokenizer.eos_token_id
-    ends = [last for row, (_, last) in zip(rows, read, strict=True) if row["labels"][-1] == eos]
+    asked = list(zip(rows, read, strict=True))[:_ROWS_FOR_EOS]
+    ends = [last for row, (_, last) in asked if row["labels"][-1] == eos]
     # Labels in which the stop token was forgotten do not tell; these rows are read again, with one.
-    endless = [row["input_ids"][:-1] for row in rows if row["labels"][-1] != eos]
+    endless = [row["input_ids"][:-1] for row, _ in asked if row["labels"][-1] != eos]
     ends += label_log_probs(model, tokenizer, [([*ids, eos], [IGNORE] * len(ids) + [eos]) for ids in endless], batch_size)
-    return loss, sum(map(math.exp, ends)) / len(rows)
+    return loss, sum(map(math.exp, ends)) / len(ends)
 
 
 def _tokenise(tokenizer, conversations: Sequence[Conversation], max_length: int) -> tuple[list[dict], int]:
