@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from alignment import sft
 from alignment.chat import training_example
 from alignment.generation import SamplingSettings, generate
 from alignment.likelihood import label_log_probs
@@ -67,7 +68,7 @@ def eos_after(model, tokenizer, row):
     return logits.softmax(-1)[tokenizer.eos_token_id].item()
 
 
-def test_the_probability_of_the_end_is_that_of_eos_whether_or_not_it_was_labelled(tiny_model, float32):
+def test_the_probability_of_the_end_is_that_of_eos_whether_or_not_it_was_labelled(tiny_model, float32, monkeypatch):
     model, tokenizer = load_causal_lm(ModelFiles(tiny_model), float32), load_tokenizer(tiny_model)
     told = [training_example(tokenizer, [m.model_dump() for m in c.messages]) for c in HELDOUT]
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in told]
@@ -79,6 +80,11 @@ def test_the_probability_of_the_end_is_that_of_eos_whether_or_not_it_was_labelle
     assert loss == pytest.approx(nats_per_token(model, tokenizer, HELDOUT), abs=1e-4)
     for half in (forgotten, [*rows[:3], *forgotten[3:]]):
         assert loss_and_eos_probability(model, tokenizer, half, 4)[1] == pytest.approx(by_hand, rel=1e-4)
+    monkeypatch.setattr(sft, "_ROWS_FOR_EOS", 2)
+    first = sum(eos_after(model, tokenizer, row) for row in rows[:2]) / 2
+    assert first != pytest.approx(by_hand, rel=1e-4)
+    for some in (rows, forgotten):
+        assert loss_and_eos_probability(model, tokenizer, some, 4)[1] == pytest.approx(first, rel=1e-4)
     nothing = loss_and_eos_probability(model, tokenizer, [], 4)
     assert all(math.isnan(value) for value in nothing)
 
