@@ -63,7 +63,7 @@ def champion(
 
     result = materialize(context, stage, Tools(store, tracking, dvc), force=config.force)
     decision: Champion = result.value
-    metadata = {**result.metadata, "decision": decision_text(decision)}
+    metadata = {**result.metadata, "decision": decision_text(decision), "rules": rules_table(decision)}
     if decision.policy is None:
         return result._replace(metadata=metadata)
     version = tracking.register(
@@ -80,26 +80,55 @@ def champion(
 
 
 def recorded_reports(context: dg.AssetExecutionContext, store: ArtifactStore) -> dict[str, PolicyReport]:
-    """The reports that Dagster records as materialized for this partition, by method; read from the artifact store."""
+    """The reports that Dagster records as materialized for this partition, by method; read from the artifact store.
+
+    Only those that compare with the SFT report recorded last: a gain over another SFT checkpoint, or by another evaluator
+    (an earlier recipe, base model or version of the data), is on another scale.
+    """
+    baseline = last_fingerprint(context, "sft_report")
     found = {}
     for name in METHODS:
-        records = context.instance.fetch_materializations(
-            dg.AssetRecordsFilter(asset_key=dg.AssetKey(["policy_report", name]), asset_partitions=[context.partition_key]),
-            limit=1,
-        ).records
-        if records:
-            digest = records[0].asset_materialization.metadata["fingerprint"].value
-            report = store.find(f"policy_report/{name}", digest)
-            if isinstance(report, PolicyReport):
-                found[name] = report
+        key = f"policy_report/{name}"
+        digest = last_fingerprint(context, key)
+        record = store.record(key, digest) if digest else None
+        report = store.find(key, digest) if record else None
+        if record is None or not isinstance(report, PolicyReport):
+            continue
+        if record.inputs["sft_report"] == baseline:
+            found[name] = report
+        else:
+            context.log.warning(
+                f"{name} is left out: its report compares with another SFT checkpoint, or by another evaluator, than "
+                f"sft_report does now. To include it, materialize aligned_policy/{name} and {key} again."
+            )
     return found
 
 
+def last_fingerprint(context: dg.AssetExecutionContext, asset: str) -> str | None:
+    """Fingerprint of the artifact that Dagster recorded last for an asset in this partition."""
+    records = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset.split("/")), asset_partitions=[context.partition_key]), limit=1
+    ).records
+    return records[0].asset_materialization.metadata["fingerprint"].value if records else None
+
+
 def decision_text(decision: Champion) -> str:
-    """The decision in one line per rule."""
-    verdict = decision.facts["rules"].get(decision.method, [])
-    lines = [f"{decision.method or 'no candidate'}: {'promoted' if decision.promoted else 'not promoted'}"]
-    return "\n".join(lines + [f"  {'passes' if r['passed'] else 'FAILS '} {r['name']}: {r['reason']}" for r in verdict])
+    """The decision in one line, with the rules that the candidate fails."""
+    if decision.method is None:
+        return "no candidate: not promoted"
+    failed = [rule["name"] for rule in decision.facts["rules"][decision.method] if not rule["passed"]]
+    return f"{decision.method}: {'promoted' if decision.promoted else 'not promoted, fails ' + ', '.join(failed)}"
+
+
+def rules_table(decision: Champion) -> dg.TableMetadataValue:
+    """The gate's rules for the candidate, one row each: rule, whether it passes, why."""
+    return dg.MetadataValue.table(
+        [
+            dg.TableRecord({"rule": rule["name"], "passes": rule["passed"], "reason": rule["reason"]})
+            for rule in decision.facts["rules"].get(decision.method, [])
+        ],
+        dg.TableSchema([dg.TableColumn("rule"), dg.TableColumn("passes", "bool"), dg.TableColumn("reason")]),
+    )
 
 
 def decision_table(best: str | None, promoted: bool, rules: dict[str, list[dict]]) -> str:

@@ -141,7 +141,9 @@ def summary_table(rows: list[dict[str, Any]], run_id: str, seconds: float) -> st
     lines += comparison(rows)
     decision = next((row for row in rows if row["asset"] == "champion"), None)
     if decision:
-        lines += ["", f"champion: {decision.get('decision', '')}"]
+        lines += ["", f"champion: {decision['decision']}"]
+        for rule in (record.data for record in decision["rules"].records):
+            lines.append(f"  {'passes' if rule['passes'] else 'FAILS '} {rule['rule']}: {rule['reason']}")
         if "registered" in decision:
             lines.append(f"registered in MLflow: {decision['registered']}")
     return "\n".join(lines)

@@ -361,6 +361,14 @@ def test_a_policy_is_registered_as_challenger_and_champion_only_if_promoted(firs
     aliases = client.get_registered_model("aligned-policy-general").aliases
     assert "challenger" in aliases
     assert ("champion" in aliases) == decision["promoted"]
+    judged = decision["rules"][name]
+    assert first.metadata("champion")["decision"] == (
+        f"{name}: promoted"
+        if decision["promoted"]
+        else f"{name}: not promoted, fails {', '.join(rule['name'] for rule in judged if not rule['passed'])}"
+    )
+    shown = [record.data for record in first.metadata("champion")["rules"].records]
+    assert shown == [{"rule": rule["name"], "passes": rule["passed"], "reason": rule["reason"]} for rule in judged]
     assert first.metadata("champion")["registered"] == (
         f"aligned-policy-general version {versions[policy].version} "
         f"({'challenger, champion' if decision['promoted'] else 'challenger'})"

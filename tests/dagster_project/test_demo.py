@@ -1,5 +1,6 @@
 """The demo's closing table."""
 
+import dagster as dg
 import pytest
 
 from dagster_project.demo import assets_of, summary_table
@@ -87,20 +88,28 @@ def test_without_reports_nothing_is_compared():
     assert "gain over SFT" not in "\n".join(lines_of(row("prompts")))
 
 
-def test_the_champions_decision_and_registration_come_last():
-    decision = "dpo: not promoted\n  FAILS  better than SFT: gain -0.010"
+def rules(*rows: tuple[str, bool, str]) -> dg.TableMetadataValue:
+    columns = [dg.TableColumn("rule"), dg.TableColumn("passes", "bool"), dg.TableColumn("reason")]
+    records = [dg.TableRecord({"rule": name, "passes": passes, "reason": reason}) for name, passes, reason in rows]
+    return dg.MetadataValue.table(records, dg.TableSchema(columns))
+
+
+def test_the_champions_decision_its_rules_and_the_registration_come_last():
+    judged = rules(("better than SFT", False, "gain -0.010"), ("length", True, "30 tokens against 31"))
     registered = "aligned-policy-general version 1 (challenger)"
-    texts = lines_of(row("prompts"), row("champion", promoted=0.0, decision=decision, registered=registered))
-    assert texts[-3:] == [
-        "champion: dpo: not promoted",
+    decision = "dpo: not promoted, fails better than SFT"
+    texts = lines_of(row("prompts"), row("champion", promoted=0.0, decision=decision, rules=judged, registered=registered))
+    assert texts[-4:] == [
+        "champion: dpo: not promoted, fails better than SFT",
         "  FAILS  better than SFT: gain -0.010",
+        "  passes length: 30 tokens against 31",
         f"registered in MLflow: {registered}",
     ]
 
 
 def test_without_a_champion_nothing_is_said_of_one():
     assert "champion" not in "\n".join(lines_of(row("prompts")))
-    assert "registered" not in "\n".join(lines_of(row("champion", decision="no candidate: not promoted")))
+    assert "registered" not in "\n".join(lines_of(row("champion", decision="no candidate: not promoted", rules=rules())))
 
 
 def test_a_run_may_have_some_methods_only():

@@ -1,0 +1,107 @@
+"""Which reports compete for `champion`: those that Dagster recorded last, measured against the same SFT checkpoint."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from alignment.handles import Checkpoint, Handle, PolicyReport, SftReport
+from assets.champion import recorded_reports
+from resources.artifacts import ArtifactRecord, ArtifactStore, file_hashes
+
+OLD, NEW = "0" * 64, "1" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(root=str(tmp_path)).process_config_and_initialize()
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as found:
+        yield found
+
+
+@pytest.fixture
+def recorded(store, instance) -> Callable[..., None]:
+    """Publishes an artifact and has Dagster record its materialization."""
+
+    def record(handle: Handle, inputs: dict[str, str]) -> None:
+        with store.building(handle.asset, handle.fingerprint) as work:
+            (work.out / "report.json").write_text("{}")
+            work.publish(
+                ArtifactRecord(
+                    handle=handle.model_dump(mode="json"),
+                    config={},
+                    code_version="1",
+                    inputs=inputs,
+                    files=file_hashes(work.out),
+                    versions={},
+                    git_commit=None,
+                    dvc_md5=None,
+                    mlflow_run_id="r",
+                    dagster_run_id="d",
+                    seconds=0.0,
+                    peak_memory_gb=0.0,
+                )
+            )
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                asset_key=handle.asset.split("/"), partition=handle.partition, metadata={"fingerprint": handle.fingerprint}
+            )
+        )
+
+    return record
+
+
+def baseline(digest: str, partition: str = "general") -> SftReport:
+    return SftReport(asset="sft_report", fingerprint=digest, partition=partition, mlflow_run_id="r")
+
+
+def report(method: str, digest: str, partition: str = "general") -> PolicyReport:
+    policy = Checkpoint(asset=f"aligned_policy/{method}", fingerprint=digest, partition=partition, mlflow_run_id="r")
+    return PolicyReport(
+        asset=f"policy_report/{method}", fingerprint=digest, partition=partition, mlflow_run_id="r", method=method, policy=policy
+    )
+
+
+def competing(instance, store) -> dict[str, str]:
+    context = dg.build_asset_context(instance=instance, partition_key="general")
+    return {name: found.fingerprint for name, found in recorded_reports(context, store).items()}
+
+
+def test_reports_of_earlier_runs_compete_as_long_as_they_compare_with_the_same_answers(recorded, instance, store):
+    recorded(baseline(NEW), {})
+    recorded(report("ppo", "a" * 64), {"sft_report": NEW})
+    recorded(report("dpo", "b" * 64), {"sft_report": NEW})
+    assert competing(instance, store) == {"ppo": "a" * 64, "dpo": "b" * 64}
+
+
+def test_a_report_against_another_sft_checkpoint_does_not_compete(recorded, instance, store):
+    recorded(baseline(OLD), {})
+    recorded(report("ppo", "a" * 64), {"sft_report": OLD})
+    recorded(baseline(NEW), {})  # another recipe, base model or version of the data
+    recorded(report("dpo", "b" * 64), {"sft_report": NEW})
+    assert competing(instance, store) == {"dpo": "b" * 64}
+
+
+def test_the_last_report_of_a_method_counts_and_other_partitions_do_not(recorded, instance, store):
+    recorded(baseline(NEW), {})
+    recorded(report("dpo", "a" * 64), {"sft_report": NEW})
+    recorded(report("dpo", "b" * 64), {"sft_report": NEW})
+    recorded(baseline(OLD, "tutor"), {})
+    recorded(report("kto", "c" * 64, "tutor"), {"sft_report": OLD})
+    assert competing(instance, store) == {"dpo": "b" * 64}
+
+
+def test_without_reports_nobody_competes(instance, store):
+    assert competing(instance, store) == {}
+
+
+def test_a_report_whose_artifact_is_gone_does_not_compete(recorded, instance, store):
+    recorded(baseline(NEW), {})
+    recorded(report("dpo", "a" * 64), {"sft_report": NEW})
+    store.discard("policy_report/dpo", "a" * 64)
+    assert competing(instance, store) == {}
