@@ -31,6 +31,7 @@ class Handle(BaseModel):
     mlflow_run_id: str = Field(description="MLflow run that computed (not merely reused) the artifact")
     metrics: dict[str, float] = Field(default_factory=dict, description="Final metrics of the run that computed it")
     facts: dict[str, Any] = Field(default_factory=dict, description="Counts and settings later stages or people need")
+    dvc_md5: str | None = Field(None, description="Version of `data/` it was made of, by its md5; older artifacts do not say")
     generated: tuple[GeneratedData, ...] = Field(
         (), description="Generated data it is, or was made of, directly or through others"
     )

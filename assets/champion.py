@@ -66,15 +66,17 @@ def champion(
     metadata = {**result.metadata, "decision": decision_text(decision), "rules": rules_table(decision)}
     if decision.policy is None:
         return result._replace(metadata=metadata)
-    version = tracking.register(
+    version, aliases = tracking.register(
         context.partition_key,
         decision.policy.mlflow_run_id,
         decision.policy.fingerprint,
+        decision=decision.fingerprint,
         promoted=decision.promoted,
         description=f"{decision.method}, decided by Dagster run {context.run_id}",
+        model=store.path(decision.policy) / "model",
+        attempt=metadata["mlflow_run_id"],
     )
-    aliases = "challenger, champion" if decision.promoted else "challenger"
-    registered = f"aligned-policy-{context.partition_key} version {version} ({aliases})"
+    registered = f"aligned-policy-{context.partition_key} version {version} ({', '.join(aliases) or 'no alias'})"
     context.log.info(registered)
     return result._replace(metadata={**metadata, "registered": registered})
 

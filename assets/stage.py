@@ -92,8 +92,9 @@ def materialize(
     tags = {"alignment.stage": asset.split("/")[0], "git.commit": git_commit() or "", "dvc.md5": ""}
     try:
         with user_errors():
-            tags["dvc.md5"] = tools.dvc.md5()
             built = stage()
+            made_of_data = data_version(built, tools.dvc)
+            tags["dvc.md5"] = made_of_data or tools.dvc.md5()
     except dg.Failure as failure:
         with tools.tracking.attempt(step, tags) as attempt:
             attempt.tags({"alignment.error": str(failure.description)[:4000]})
@@ -113,8 +114,7 @@ def materialize(
         attempt.params(built.config.model_dump(mode="json"))
         attempt.inputs(built.data)
         if force:
-            context.log.info(f"force: computing {asset} anew")
-            tools.store.discard(asset, digest)
+            tools.store.discard(asset, digest, asked_by=_asked_by(context), say=context.log.info)
         with tools.store.building(asset, digest) as work:
             reused = work is None
             if work is None:
@@ -139,6 +139,7 @@ def materialize(
                     metrics={k: float(v) for k, v in outcome.metrics.items()},
                     facts=dict(outcome.facts),
                     generated=tuple(made_of.values()),
+                    dvc_md5=made_of_data,
                     **outcome.handle,
                 )
                 _log_outcome(attempt, built, outcome, work.out, asset)
@@ -161,6 +162,7 @@ def materialize(
         handle = tools.store.find(asset, digest)
         if handle is None:
             raise dg.Failure(f"{asset} {digest[:12]} vanished from the artifact store while it was materialized")
+        handle = handle.model_copy(update={"dvc_md5": made_of_data})
         if built.versioned:
             handle = _version(tools, built, handle, attempt, context.log.info)
         elif reused and built.model_artifact:
@@ -192,6 +194,17 @@ def generated_data(asset: str, partition: str | None, folder: Path, names: Seque
         rows = sum(1 for line in file if line.strip())
     place = f"{asset}/{partition}" if partition else asset
     return GeneratedData(name=asset, pointer=f"generated/{place}/{md5[:12]}.dvc", md5=md5, rows=rows)
+
+
+def data_version(stage: Stage, dvc: DvcData) -> str | None:
+    """md5 of the `data/` that an asset is made of: what its inputs were made of, which `data.dvc` may have left behind since.
+
+    Several, with commas between, where inputs were made of several versions; None for what is made of no data.
+    """
+    versions = {given.dvc_md5 for given in stage.inputs.values() if given.dvc_md5}
+    if stage.data:
+        versions.add(dvc.md5())
+    return ", ".join(sorted(versions)) or None
 
 
 def checked_config(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -267,6 +280,13 @@ def _step_info(context: dg.AssetExecutionContext, asset: str) -> StepInfo:
         retry_number=context.retry_number,
         run_url=f"{ui}/runs/{run.run_id}",
     )
+
+
+def _asked_by(context: dg.AssetExecutionContext) -> str:
+    # A run that goes on from where another failed asks for nothing new; one that repeats all of it does.
+    run = context.run
+    goes_on = run.tags.get("dagster/is_resume_retry") == "true"
+    return run.root_run_id if goes_on and run.root_run_id else run.run_id
 
 
 def _version(tools: Tools, stage: Stage, handle: AnyHandle, attempt: Attempt, say: Callable[[str], None]) -> AnyHandle:

@@ -14,6 +14,7 @@ from assets.reward_models import evaluator, human_reward_model, reward_model
 from assets.settings import check_recipe
 from assets.sft import sft_checkpoint
 from assets.sft_report import sft_report
+from dagster_project.executor import executor
 from dagster_project.jobs import alignment_job, cai_demo_job
 from dagster_project.resources import resources
 from dagster_project.schedules import weekly_retraining
@@ -45,4 +46,5 @@ defs = dg.Definitions(
     schedules=[weekly_retraining],
     sensors=[new_data],
     resources=resources(),
+    executor=executor,  # also of runs that are not of a job: "Materialize" in the asset graph, backfills
 )

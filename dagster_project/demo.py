@@ -7,7 +7,6 @@ The run is the same that the UI would launch: multiprocess executor, partition, 
 
 import argparse
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import psutil
 import yaml
 
 from alignment.methods import METHODS
 from assets.settings import PARTITIONS, RECIPE
+from dagster_project.dead_runs import PROCESS, end_dead_runs, this_process
 from dagster_project.jobs import alignment
 from resources.paths import PROJECT
-
-PROCESS = "alignment/process"
 
 
 def main() -> None:
@@ -68,7 +65,7 @@ def execute(
         dg.reconstructable(job),
         instance,
         run_config=run_config | {"loggers": {"console": {"config": {"log_level": "INFO"}}}},
-        tags={"dagster/partition": constitution, PROCESS: _this_process()},
+        tags={"dagster/partition": constitution, PROCESS: this_process()},
         asset_selection=[dg.AssetKey(key.split("/")) for key in assets] if assets else None,
     )
 
@@ -86,35 +83,6 @@ def _methods(text: str) -> list[str]:
     if unknown or not names:
         raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(METHODS)}")
     return names
-
-
-def end_dead_runs(instance: dg.DagsterInstance) -> None:
-    """Mark runs as failed whose process was killed, and free the pool slots they hold.
-
-    Dagster's daemon does this for runs that it launched. A `make demo` that was killed has no daemon, and its claim on the
-    `gpu` pool would keep every later run waiting.
-    """
-    for run in instance.get_runs(filters=dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
-        owner = run.tags.get(PROCESS)
-        if owner is not None and not _alive(owner):
-            print(f"run {run.run_id} was killed before it ended; freeing what it holds", flush=True)
-            instance.report_run_failed(run, "Its process was killed.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def _this_process() -> str:
-    # Host, process id and start time: a process id alone may have been given to another process since.
-    return f"{socket.gethostname()}/{os.getpid()}/{psutil.Process().create_time():.2f}"
-
-
-def _alive(owner: str) -> bool:
-    host, pid, begun = owner.split("/")
-    if host != socket.gethostname():
-        return True  # cannot be told from here
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == begun
-    except psutil.NoSuchProcess:
-        return False
 
 
 def summary_rows(instance: dg.DagsterInstance, run_id: str) -> list[dict[str, Any]]:

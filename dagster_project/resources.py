@@ -6,7 +6,7 @@ from typing import Any
 from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
 from resources.handle_io import HandleIOManager
-from resources.paths import data_root, storage
+from resources.paths import artifact_root, data_root, mlflow_ui, storage, tracking_uri
 from resources.tracking import MlflowTracking
 
 
@@ -18,9 +18,9 @@ def resources() -> dict[str, Any]:
         "io_manager": HandleIOManager(root=str(root / "handles")),
         "dvc": DvcData(root=str(data_root()), push_to=os.environ.get("ALIGNMENT_DVC_REMOTE", "")),
         "tracking": MlflowTracking(
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}"),
-            artifact_root=str(root / "mlartifacts"),
+            tracking_uri=tracking_uri(),
+            artifact_root=artifact_root(),
             lock_folder=str(root / "locks"),
-            ui_url=os.environ.get("MLFLOW_UI_URL", "http://127.0.0.1:5000"),
+            ui_url=mlflow_ui(),
         ),
     }

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,19 +129,30 @@ class ArtifactStore(dg.ConfigurableResource):
             else:
                 yield Work(self._root / ".work" / asset / fingerprint, target)
 
-    def discard(self, asset: str, fingerprint: str) -> None:
+    def discard(self, asset: str, fingerprint: str, *, asked_by: str, say: Callable[[str], None] = lambda _: None) -> None:
         """Take an artifact out of the store so that it is computed anew (`force: true`); it is moved aside, not lost.
 
-        Waits for whoever is building it.
+        Waits for whoever is building it. Asked again by the same run, as when Dagster retries its step, it does nothing: what
+        that run has begun is resumed, and what it has published stays.
+
+        Args:
+            asked_by: the Dagster run; of a run that repeats another, the first.
         """
         folder = self._folder(asset, fingerprint)
+        work = self._root / ".work" / asset / fingerprint
+        mark = self._root / ".forced" / asset / fingerprint
         with self._lock(asset, fingerprint):
+            if mark.exists() and mark.read_text(encoding="utf-8") == asked_by:
+                return
+            say(f"force: computing {asset} anew")
             if folder.exists():
                 aside = self._root / ".replaced" / asset / fingerprint
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(folder, aside)
-            shutil.rmtree(self._root / ".work" / asset / fingerprint, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text(asked_by, encoding="utf-8")
 
     def _lock(self, asset: str, fingerprint: str) -> FileLock:
         path = self._root / ".locks" / f"{asset.replace('/', '_')}-{fingerprint[:16]}.lock"

@@ -37,6 +37,28 @@ def recipe_path() -> Path:
     return Path(name).resolve() if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
 
 
+def tracking_uri() -> str:
+    """MLflow's database or server: a SQLite file in the storage, unless MLFLOW_TRACKING_URI says otherwise."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage() / 'mlflow.db'}"
+
+
+def is_database(uri: str) -> bool:
+    """Whether a tracking URI is a database, which needs a server of ours to be looked at; else it is somebody's server."""
+    return uri.partition(":")[0].partition("+")[0] in {"sqlite", "postgresql", "mysql", "mssql"}
+
+
+def mlflow_ui(own: str = "http://127.0.0.1:5000") -> str:
+    """Address of MLflow's UI: MLFLOW_UI_URL, the tracking server's, or `own`, where `make ui` starts one for a database."""
+    uri = tracking_uri()
+    return os.environ.get("MLFLOW_UI_URL") or (own if is_database(uri) else uri.rstrip("/"))
+
+
+def artifact_root() -> str:
+    """Where MLflow's artifacts go beside a database: `mlartifacts/` in the storage, or MLFLOW_DEFAULT_ARTIFACT_ROOT (a folder,
+    or a URI such as s3://bucket/folder)."""
+    return os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") or str(storage() / "mlartifacts")
+
+
 def answers() -> Path:
     """Answers of endpoints, kept for all runs: none is paid for twice."""
     return storage() / "answers"

@@ -22,6 +22,8 @@ import dagster as dg
 from filelock import FileLock, Timeout
 from pydantic import PrivateAttr
 
+from resources.paths import is_database
+
 EXPERIMENT = "alignment"
 ROOT_RUN = "dagster.root_run_id"
 LEVEL = "alignment.level"
@@ -169,10 +171,34 @@ class MlflowTracking(dg.ConfigurableResource):
         self.client()
         return f"{self.ui_url}/#/experiments/{self._experiment_id}/runs/{run_id}"
 
-    def register(self, constitution: str, run_id: str, fingerprint: str, *, promoted: bool, description: str) -> str:
-        """Make a run's `model/` a version of `aligned-policy-<constitution>` and set its aliases; returns the version.
+    def register(
+        self,
+        constitution: str,
+        run_id: str,
+        fingerprint: str,
+        *,
+        decision: str,
+        promoted: bool,
+        description: str,
+        model: Path,
+        attempt: str,
+    ) -> tuple[str, list[str]]:
+        """Make a run's `model/` a version of `aligned-policy-<constitution>` and set its aliases, once per decision.
 
-        The same policy is registered once; asking again only sets the aliases, so this may be repeated after a kill.
+        The same policy is registered once. A decision that was carried out is not carried out again when it is reused: the
+        aliases may have been moved by hand since, to go back to an older version. What a kill left undone is done.
+
+        Args:
+            run_id: the run that computed the policy; it may be unknown here, where the policy was reused from the artifact
+                store and the tracking server is another than then.
+            fingerprint: the policy's.
+            decision: fingerprint of the decision.
+            promoted: whether the alias `champion` goes to it as well as `challenger`.
+            model: the policy's folder in the artifact store.
+            attempt: the run that `model` is logged to where `run_id` is unknown.
+
+        Returns:
+            The version, and the aliases it has now.
         """
         from mlflow.exceptions import MlflowException
 
@@ -185,20 +211,27 @@ class MlflowTracking(dg.ConfigurableResource):
                     raise
             for known in client.search_model_versions(f"name = '{name}'"):
                 if known.tags.get("alignment.fingerprint") == fingerprint:
-                    version = known.version
+                    found = known
                     break
             else:
-                version = client.create_model_version(
+                if not self._knows(run_id):
+                    client.log_artifacts(attempt, str(model), "model")
+                    run_id = attempt
+                found = client.create_model_version(
                     name,
                     source=f"runs:/{run_id}/model",
                     run_id=run_id,
                     tags={"alignment.fingerprint": fingerprint},
                     description=description,
-                ).version
-            client.set_registered_model_alias(name, "challenger", version)
-            if promoted:
-                client.set_registered_model_alias(name, "champion", version)
-        return str(version)
+                )
+            done = f"alignment.decision.{decision[:12]}"
+            if done not in found.tags:
+                client.set_registered_model_alias(name, "challenger", found.version)
+                if promoted:
+                    client.set_registered_model_alias(name, "champion", found.version)
+                client.set_model_version_tag(name, found.version, done, "promoted" if promoted else "refused")
+            aliases = sorted(client.get_model_version(name, found.version).aliases)
+        return str(found.version), aliases
 
     def client(self) -> Any:
         """The MlflowClient, its experiment made sure of."""
@@ -211,13 +244,24 @@ class MlflowTracking(dg.ConfigurableResource):
                 client = mlflow.MlflowClient(tracking_uri=self.tracking_uri, registry_uri=self.tracking_uri)
                 found = client.get_experiment_by_name(self.experiment)
                 if found is None:
-                    local = self.tracking_uri.startswith("sqlite:")
-                    location = Path(self.artifact_root).resolve().as_uri() if local else None
+                    # A server decides itself where artifacts go; beside a database nobody does.
+                    location = _uri(self.artifact_root) if is_database(self.tracking_uri) else None
                     self._experiment_id = client.create_experiment(self.experiment, artifact_location=location)
                 else:
                     self._experiment_id = found.experiment_id
                 self._client = client
         return self._client
+
+    def _knows(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client().get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return True
 
     @property
     def experiment_id(self) -> str:
@@ -282,6 +326,10 @@ class MlflowTracking(dg.ConfigurableResource):
             self._client.update_run(parent, status="RUNNING")
         else:
             self._client.set_terminated(parent, "FAILED" if states - {"FINISHED"} else "FINISHED")
+
+
+def _uri(root: str) -> str:
+    return root if "://" in root else Path(root).resolve().as_uri()
 
 
 def _is_free(lock: Path) -> bool:

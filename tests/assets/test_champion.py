@@ -103,5 +103,5 @@ def test_without_reports_nobody_competes(instance, store):
 def test_a_report_whose_artifact_is_gone_does_not_compete(recorded, instance, store):
     recorded(baseline(NEW), {})
     recorded(report("dpo", "a" * 64), {"sft_report": NEW})
-    store.discard("policy_report/dpo", "a" * 64)
+    store.discard("policy_report/dpo", "a" * 64, asked_by="run")
     assert competing(instance, store) == {}

@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 UI = """
 import sys
 from dagster_project import ui
-ui._create_database = lambda environment: None
+ui._prepare = lambda environment: None
 ui._taken = lambda host, port: False
 script, sys.argv = sys.argv[1], ["ui"]
 ui._tool = lambda name: script

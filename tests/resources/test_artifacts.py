@@ -214,13 +214,13 @@ def test_a_metric_that_is_not_a_number_can_be_read_back(store):
 def test_discard_moves_the_artifact_aside_whole(store):
     folder = publish(store)
     files = file_hashes(folder)
-    store.discard("prompts", DIGEST)
+    store.discard("prompts", DIGEST, asked_by="run")
     assert store.find("prompts", DIGEST) is None
     assert file_hashes(Path(store.root) / ".replaced" / "prompts" / DIGEST) == files
     publish(store)
-    store.discard("prompts", DIGEST)  # a second time replaces what the first put aside
+    store.discard("prompts", DIGEST, asked_by="second run")  # a second time replaces what the first put aside
     assert store.find("prompts", DIGEST) is None
-    store.discard("prompts", DIGEST)  # nothing there: nothing to do
+    store.discard("prompts", DIGEST, asked_by="third run")  # nothing there: nothing to do
     assert file_hashes(Path(store.root) / ".replaced" / "prompts" / DIGEST) == files
 
 
@@ -228,13 +228,29 @@ def test_discard_drops_what_a_killed_step_left_so_that_force_starts_from_zero(st
     with pytest.raises(ZeroDivisionError), store.building("prompts", DIGEST) as work:
         (work.folder / "checkpoint").write_text("half way")
         1 / 0  # noqa: B018
-    store.discard("prompts", DIGEST)
+    store.discard("prompts", DIGEST, asked_by="run")
     with store.building("prompts", DIGEST) as work:
         assert not work.resumed
 
 
+def test_the_same_run_discards_once_so_that_a_retry_resumes_and_keeps_what_was_published(store):
+    publish(store)
+    said = []
+    for attempt in range(2):
+        store.discard("prompts", DIGEST, asked_by="run", say=said.append)
+        with pytest.raises(ZeroDivisionError), store.building("prompts", DIGEST) as work:
+            assert work.resumed == (attempt == 1)
+            1 / 0  # noqa: B018
+    publish(store)
+    store.discard("prompts", DIGEST, asked_by="run", say=said.append)  # publishing was not the step's last act
+    assert store.find("prompts", DIGEST) is not None
+    assert said == ["force: computing prompts anew"]
+    store.discard("prompts", DIGEST, asked_by="another run", say=said.append)
+    assert store.find("prompts", DIGEST) is None
+
+
 def _discard(root: Path) -> None:
-    open_store(root).discard("prompts", DIGEST)
+    open_store(root).discard("prompts", DIGEST, asked_by="run")
 
 
 def test_discard_does_not_pull_the_work_folder_from_under_another_process(store, processes):

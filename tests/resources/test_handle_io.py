@@ -1,10 +1,14 @@
 """Handles between steps: each kind comes back as its own class, per asset and partition."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.api import execute_run
 
 from alignment.handles import (
     Champion,
@@ -45,6 +49,12 @@ def run(assets: list, folder: Path, **kwargs) -> dg.ExecuteInProcessResult:
     )
 
 
+def files(folder: Path) -> list[str]:
+    """All files but those that runs keep to themselves."""
+    found = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    return sorted(p.as_posix() for p in found if p.parts[0] != ".runs")
+
+
 @pytest.mark.parametrize("handle", HANDLES, ids=lambda h: h.kind)
 def test_every_kind_comes_back_as_itself(tmp_path, handle):
     read = []
@@ -58,7 +68,7 @@ def test_every_kind_comes_back_as_itself(tmp_path, handle):
         read.append(made)
 
     assert run([made, used], tmp_path, selection=[made]).success
-    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()] == ["group/made.json"]
+    assert files(tmp_path) == ["group/made.json"]
     assert run([made, used], tmp_path, selection=[used]).success  # loaded by another run, as in a new process
     assert read == [handle]
     assert type(read[0]) is type(handle)
@@ -83,12 +93,74 @@ def test_partitions_are_files_of_their_own_and_shared_assets_feed_all(tmp_path):
     for partition in ("coding", "general"):
         assert run([shared, each, used], tmp_path, partition_key=partition).success
     assert read == {"coding": "coding", "general": "general"}
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.json")) == [
-        "each/coding.json",
-        "each/general.json",
-        "shared.json",
-    ]
+    assert files(tmp_path) == ["each/coding.json", "each/general.json", "shared.json"]
     assert json.loads((tmp_path / "each" / "coding.json").read_text())["partition"] == "coding"
+
+
+def test_a_run_goes_on_with_its_own_handles_whatever_others_materialize_meanwhile(tmp_path):
+    read = []
+
+    @dg.asset
+    def made(context: dg.AssetExecutionContext):
+        return BASE.model_copy(update={"mlflow_run_id": context.run_id})
+
+    @dg.asset(deps=[made])
+    def meanwhile(context: dg.AssetExecutionContext) -> None:
+        if "other" not in context.run.tags:
+            assert run([made], tmp_path, tags={"other": "yes"}).success
+
+    @dg.asset(deps=[meanwhile])
+    def used(context: dg.AssetExecutionContext, made) -> None:
+        read.append((context.run_id, made.mlflow_run_id))
+
+    first = run([made, meanwhile, used], tmp_path)
+    assert first.success
+    assert read == [(first.run_id, first.run_id)]
+    # A later run that does not make it reads what was materialized last: by the other run.
+    assert run([made, meanwhile, used], tmp_path, selection=[used]).success
+    assert read[1][1] not in {first.run_id, read[1][0]}
+
+
+def test_a_re_executed_run_goes_on_with_the_handles_of_the_run_it_repeats(tmp_path):
+    read, fails = [], [True]
+
+    @dg.asset
+    def made(context: dg.AssetExecutionContext):
+        return BASE.model_copy(update={"mlflow_run_id": context.run_id})
+
+    @dg.asset
+    def used(made) -> None:
+        if fails:
+            raise RuntimeError("an accident")
+        read.append(made.mlflow_run_id)
+
+    resources = {"io_manager": HandleIOManager(root=str(tmp_path))}
+    jobs = [dg.define_asset_job("job", executor_def=dg.in_process_executor)]
+    job = dg.Definitions([made, used], jobs=jobs, resources=resources).resolve_job_def("job")
+    instance = dg.DagsterInstance.ephemeral()
+    first = job.execute_in_process(instance=instance, raise_on_error=False)
+    assert not first.success
+    # Somebody else's, meanwhile.
+    assert job.execute_in_process(instance=instance, asset_selection=[made.key]).success
+    fails.clear()
+    again = job.get_subset(asset_selection={used.key})
+    repeated = instance.create_run_for_job(again, parent_run_id=first.run_id, root_run_id=first.run_id)
+    assert execute_run(InMemoryJob(again), repeated, instance).success
+    assert read == [first.run_id]
+
+
+def test_handles_of_runs_long_past_are_forgotten(tmp_path):
+    @dg.asset
+    def made():
+        return BASE
+
+    first = run([made], tmp_path)
+    for path in (tmp_path / ".runs").rglob("*"):
+        os.utime(path, (time.time() - 31 * 24 * 3600,) * 2)
+    second = run([made], tmp_path)
+    assert {p.name for p in (tmp_path / ".runs").iterdir()} == {second.run_id}
+    assert first.run_id != second.run_id
+    assert files(tmp_path) == ["made.json"]
 
 
 def test_an_input_that_was_never_materialized_is_one_clear_failure_without_retry(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from resources.paths import is_database, mlflow_ui, tracking_uri
 from resources.tracking import DataInput, MlflowTracking, StepInfo, flatten
 
 PARAMS = {"optim": {"seed": 0, "learning_rate": 1e-4}, "wide": {f"key{i}": i for i in range(120)}, "long": "x" * 5000}
@@ -297,6 +298,38 @@ def test_no_run_is_ever_active_globally(tracking):
     assert inner_run.data.metrics == {"loss": 1.0}
 
 
+@pytest.mark.parametrize("root", ["", "s3://bucket/folder"])
+def test_artifacts_go_where_they_are_told_beside_any_database(tmp_path, empty_database, root):
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    tracking = MlflowTracking(
+        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
+        artifact_root=root or str(tmp_path / "here"),
+        lock_folder=str(tmp_path / "locks"),
+    ).process_config_and_initialize()
+    location = tracking.client().get_experiment(tracking.experiment_id).artifact_location
+    assert location == (root or (tmp_path / "here").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("uri", "database"),
+    [
+        ("sqlite:////tmp/mlflow.db", True),
+        ("postgresql+psycopg2://user@host/mlflow", True),
+        ("mysql+pymysql://user@host/mlflow", True),
+        ("http://host:5000", False),
+        ("https://host/mlflow", False),
+        ("databricks", False),
+    ],
+)
+def test_a_database_needs_a_server_of_ours_and_a_server_does_not(uri, database, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.delenv("MLFLOW_UI_URL", raising=False)
+    assert is_database(tracking_uri()) == database
+    assert mlflow_ui(own="http://here:1") == ("http://here:1" if database else uri)
+    monkeypatch.setenv("MLFLOW_UI_URL", "http://seen-from-outside")
+    assert mlflow_ui() == "http://seen-from-outside"
+
+
 def test_flatten_joins_keys_and_keeps_lists():
     assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": {}}) == {"a.b.c": 1, "d": [1, 2]}
 
@@ -318,8 +351,21 @@ def policies(tracking: MlflowTracking, tmp_path: Path) -> Iterator[list[str]]:
     return ids
 
 
-def register(tracking: MlflowTracking, run_id: str, fingerprint: str, *, promoted: bool, of: str = "general") -> str:
-    return tracking.register(of, run_id, fingerprint, promoted=promoted, description="dpo")
+def register(
+    tracking: MlflowTracking,
+    run_id: str,
+    fingerprint: str,
+    *,
+    promoted: bool,
+    of: str = "general",
+    decision: str | None = None,
+    **where: Any,
+) -> str:
+    """A decision of its own unless one is named."""
+    decision = decision or f"{'yes' if promoted else 'no'} {fingerprint}"
+    where = {"model": Path("unused"), "attempt": "unused", **where}
+    version, _ = tracking.register(of, run_id, fingerprint, decision=decision, promoted=promoted, description="dpo", **where)
+    return version
 
 
 def aliases(tracking: MlflowTracking, of: str = "general") -> dict[str, str]:
@@ -345,6 +391,53 @@ def test_registering_again_adds_no_version(tracking, policies):
     assert version.source == f"runs:/{policies[0]}/model"
     assert version.tags["alignment.fingerprint"] == "one"
     assert version.description == "dpo"
+
+
+def test_an_alias_moved_back_by_hand_stays_until_there_is_a_new_decision(tracking, policies):
+    register(tracking, policies[0], "one", promoted=True, decision="first")
+    register(tracking, policies[1], "two", promoted=True, decision="second")
+    tracking.client().set_registered_model_alias("aligned-policy-general", "champion", "1")
+    # The decision is reused, as in a weekly run that finds nothing new.
+    assert register(tracking, policies[1], "two", promoted=True, decision="second") == "2"
+    assert aliases(tracking) == {"challenger": "2", "champion": "1"}
+    register(tracking, policies[1], "two", promoted=True, decision="third")
+    assert aliases(tracking) == {"challenger": "2", "champion": "2"}
+
+
+def test_what_a_kill_left_undone_is_done(tracking, policies, monkeypatch):
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tracking.client()), "set_registered_model_alias", killed)
+        with pytest.raises(KeyboardInterrupt):
+            register(tracking, policies[0], "one", promoted=True, decision="first")
+    assert aliases(tracking) == {}
+    assert register(tracking, policies[0], "one", promoted=True, decision="first") == "1"
+    assert aliases(tracking) == {"challenger": "1", "champion": "1"}
+
+
+def test_the_aliases_that_a_version_has_now_are_told(tracking, policies):
+    told = [
+        tracking.register(
+            "general", policies[n], str(n), decision=str(n), promoted=n == 0, description="", model=Path(), attempt=""
+        )
+        for n in range(2)
+    ]
+    assert told == [("1", ["challenger", "champion"]), ("2", ["challenger"])]
+
+
+def test_a_policy_that_this_server_does_not_know_is_logged_to_the_run_that_registers_it(tracking, policies, tmp_path):
+    import mlflow
+
+    (tmp_path / "new").mkdir()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    here = succeed(tracking, step("champion"))
+    register(tracking, "0" * 32, "one", promoted=True, model=tmp_path / "policy1", attempt=here)
+    version = client.get_model_version_by_alias("aligned-policy-general", "champion")
+    assert version.run_id == here
+    folder = mlflow.artifacts.download_artifacts(version.source, tracking_uri=tracking.tracking_uri, dst_path=str(tmp_path / "new"))
+    assert (Path(folder) / "adapter_model.safetensors").read_bytes() == b"\1"
 
 
 def test_the_registered_version_leads_to_the_models_files(tracking, policies, tmp_path):
