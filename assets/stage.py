@@ -31,8 +31,10 @@ from alignment.plots import Curves, curve_png
 from alignment.progress import Log
 from alignment.recipes import RecipeError, describe
 from assets.checks import check_result, sound_alarms
+from assets.settings import GPU_POOL
 from resources.artifacts import ArtifactRecord, ArtifactStore, Work, file_hashes
 from resources.dvc_data import DvcData, folder_md5
+from resources.gpus import take_one_gpu
 from resources.tracking import Attempt, DataInput, MlflowTracking, StepInfo
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "dagster", "mlflow", "dvc")
@@ -123,6 +125,8 @@ def materialize(
             else:
                 if work.resumed:
                     context.log.info(f"resuming {asset} {digest[:12]} from what an interrupted step left")
+                if context.op_def.pool == GPU_POOL and (gpu := take_one_gpu()):
+                    context.log.info(f"working on GPU {gpu}")
                 log = Log(metrics=attempt.metrics, say=context.log.info)
                 made_of = {data.md5: data for given in built.inputs.values() for data in given.generated}
                 if built.model_artifact:
