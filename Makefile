@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export DAGSTER_HOME := $(CURDIR)/dagster_home
+export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
-RECIPE ?= demo
+RECIPE ?= $(or $(ALIGNMENT_RECIPE),demo)
 CONSTITUTION ?= general
 CONFIG ?=
 METHODS ?=
@@ -52,7 +52,7 @@ cai-demo: setup
 		$(if $(PROMPTS),--prompts $(PROMPTS)) $(if $(CONFIG),--config $(CONFIG))
 
 ui: setup
-	ALIGNMENT_RECIPE=$(RECIPE) $(BIN)/python -m dagster_project.ui
+	ALIGNMENT_RECIPE=$(RECIPE) $(if $(METHODS),ALIGNMENT_METHODS=$(METHODS)) $(BIN)/python -m dagster_project.ui
 
 # One thread a worker: tiny models gain nothing from more, and two workers with two threads each would wait for one another.
 test: setup

@@ -482,7 +482,8 @@ def judge_beats_length(bounds: AlarmConfig, accuracy: float, gain: float, low: f
     10,
     ["constitutional_preference_pairs"],
     ["share_kept", "min_share_kept", "pairs"],
-    "see filtered/* for the reasons, and the table of revisions; improve the critic, sample more candidates or relax filters.",
+    "see filtered/* for the reasons, and the table of revisions; raise revision.max_new_tokens where many are truncated, improve "
+    "the critic, sample more candidates or relax filters.",
     "error",
 )
 def share_kept(bounds: AlarmConfig, share: float, least: float, pairs: float) -> tuple[bool, str]:

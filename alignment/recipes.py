@@ -87,8 +87,14 @@ def _read(path: Path, seen: tuple[Path, ...], shipped: Path | None) -> dict[str,
         raise RecipeError(f"{path}: no such recipe. Remedy: choose one of {known}, or write it.") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path}: is not readable YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(v, dict) for k, v in values.items() if k != "extends"):
+    if not isinstance(values, dict):
         raise RecipeError(f"{path}: must map each stage to a mapping of its settings")
+    for key, value in values.items():
+        if key != "extends" and not isinstance(value, dict):
+            raise RecipeError(
+                f"{path}: key {key!r}: must be a stage with a mapping of its settings (got {value!r}). Remedy: put a setting "
+                "below its stage, as in `human_preferences: {preferences: [mine.jsonl]}`."
+            )
     parent = values.pop("extends", None)
     if parent is None:
         return values

@@ -66,6 +66,8 @@ def champion(
     metadata = {**result.metadata, "decision": decision_text(decision), "rules": rules_table(decision)}
     if decision.policy is None:
         return result._replace(metadata=metadata)
+    files = store.model_files(decision.policy)
+    policy = files.adapter or files.base
     version, aliases = tracking.register(
         context.partition_key,
         decision.policy.mlflow_run_id,
@@ -73,12 +75,15 @@ def champion(
         decision=decision.fingerprint,
         promoted=decision.promoted,
         description=f"{decision.method}, decided by Dagster run {context.run_id}",
-        model=store.path(decision.policy) / "model",
+        model=policy,
         attempt=metadata["mlflow_run_id"],
     )
     registered = f"aligned-policy-{context.partition_key} version {version} ({', '.join(aliases) or 'no alias'})"
     context.log.info(registered)
-    return result._replace(metadata={**metadata, "registered": registered})
+    metadata |= {"registered": registered, "policy": dg.MetadataValue.path(str(policy))}
+    if files.adapter:
+        metadata["base"] = dg.MetadataValue.path(str(files.base))
+    return result._replace(metadata=metadata)
 
 
 def recorded_reports(context: dg.AssetExecutionContext, store: ArtifactStore) -> dict[str, PolicyReport]:

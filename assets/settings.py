@@ -1,11 +1,15 @@
 """What all asset files share: the recipe in force, the partitions, and how an asset is dressed for the UI."""
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import dagster as dg
 
 from alignment.constitutions import Constitution, constitution_names, load_constitution
 from alignment.datasets import HumanPreferencesConfig, PromptsConfig, SftDatasetConfig
+from alignment.errors import UserError
+from alignment.methods import METHODS
 from alignment.models import Config
 from alignment.recipes import Recipe, RecipeError, load_recipe
 from resources.paths import RECIPES, constitutions, recipe_path
@@ -54,6 +58,29 @@ def check_recipe() -> None:
             f"{RECIPE.path}: heldout_fraction differs between {shares}; prompts held out of one data set would be trained on "
             "in another. Remedy: give all three the same value."
         )
+
+
+def methods() -> tuple[str, ...]:
+    """The methods that the job `alignment`, its schedule and its sensor run: all, or those that ALIGNMENT_METHODS names."""
+    return chosen_methods(os.environ.get("ALIGNMENT_METHODS") or ",".join(METHODS))
+
+
+def chosen_methods(names: str) -> tuple[str, ...]:
+    """Methods named with commas between.
+
+    Raises:
+        UserError: a name that is no method, or none at all.
+    """
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown or not chosen:
+        raise UserError(f"methods: {', '.join(unknown) or 'nothing'}: choose from {', '.join(METHODS)}")
+    return chosen
+
+
+def keys_without(chosen: Iterable[str]) -> list[str]:
+    """Keys of the assets that only methods other than the chosen ones need."""
+    return [f"{stage}/{name}" for name in METHODS if name not in chosen for stage in ("aligned_policy", "policy_report")]
 
 
 def constitution(context: dg.AssetExecutionContext) -> Constitution:

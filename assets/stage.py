@@ -37,6 +37,10 @@ from resources.dvc_data import DvcData, folder_md5
 from resources.gpus import take_one_gpu
 from resources.tracking import Attempt, DataInput, MlflowTracking, StepInfo
 
+LESS_MEMORY = (
+    "lower this stage's optim.micro_batch_size (the result stays the same) or the batch_size of its sampling and scoring, set "
+    "optim.gradient_checkpointing: true, or load the model in 4 bit (load: {quantization: nf4})"
+)
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "dagster", "mlflow", "dvc")
 
 
@@ -237,6 +241,11 @@ class user_errors:
             if self._attempt:
                 self._attempt.tags({"alignment.error": str(error)[:4000]})
             raise dg.Failure(str(error), allow_retries=False) from error
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself is not imported for it
+            problem = f"out of GPU memory: {str(error).splitlines()[0]} Remedy: {LESS_MEMORY}."
+            if self._attempt:
+                self._attempt.tags({"alignment.error": problem[:4000]})
+            raise dg.Failure(problem, allow_retries=False) from error
 
 
 @cache

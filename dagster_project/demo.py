@@ -9,15 +9,16 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import yaml
 
+from alignment.errors import UserError
 from alignment.methods import METHODS
-from assets.settings import PARTITIONS, RECIPE
+from assets.settings import PARTITIONS, RECIPE, chosen_methods, keys_without
 from dagster_project.dead_runs import PROCESS, end_dead_runs, this_process
 from dagster_project.jobs import alignment
 from resources.paths import PROJECT
@@ -70,19 +71,17 @@ def execute(
     )
 
 
-def assets_of(methods: list[str]) -> list[str]:
-    """The job's assets without the policies and reports of other methods."""
-    others = {f"{stage}/{name}" for name in METHODS if name not in methods for stage in ("aligned_policy", "policy_report")}
+def assets_of(chosen: Iterable[str]) -> list[str]:
+    """The job's assets without the policies and reports of methods that were not chosen."""
     keys = {key.to_user_string() for key in alignment().asset_layer.executable_asset_keys}
-    return sorted(keys - others)
+    return sorted(keys - set(keys_without(chosen)))
 
 
-def _methods(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(METHODS)}")
-    return names
+def _methods(text: str) -> tuple[str, ...]:
+    try:
+        return chosen_methods(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def summary_rows(instance: dg.DagsterInstance, run_id: str) -> list[dict[str, Any]]:
@@ -112,8 +111,9 @@ def summary_table(rows: list[dict[str, Any]], run_id: str, seconds: float) -> st
         lines += ["", f"champion: {decision['decision']}"]
         for rule in (record.data for record in decision["rules"].records):
             lines.append(f"  {'passes' if rule['passes'] else 'FAILS '} {rule['rule']}: {rule['reason']}")
-        if "registered" in decision:
-            lines.append(f"registered in MLflow: {decision['registered']}")
+        for key, what in (("registered", "registered in MLflow"), ("policy", "its files"), ("base", "base model of its adapter")):
+            if key in decision:
+                lines.append(f"{what}: {decision[key]}")
     return "\n".join(lines)
 
 

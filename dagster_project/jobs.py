@@ -2,12 +2,14 @@
 
 import dagster as dg
 
+from assets.settings import keys_without, methods
 from dagster_project.executor import executor
 
 # Everything, from data to champion. Unpartitioned assets are part of each run and reused, not retrained.
 alignment_job = dg.define_asset_job(
     "alignment",
-    selection=dg.AssetSelection.all() - dg.AssetSelection.assets("data", "revised_examples"),
+    selection=dg.AssetSelection.all()
+    - dg.AssetSelection.assets("data", "revised_examples", *(key.split("/") for key in keys_without(methods()))),
     executor_def=executor,
     description="The whole pipeline for one constitution: data, SFT, constitutional pairs, reward models, policies, "
     "reports, champion. What has not changed is reused.",

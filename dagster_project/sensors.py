@@ -5,7 +5,7 @@ import dagster as dg
 from assets.data import DATA
 from assets.settings import PARTITIONS
 from dagster_project.jobs import alignment_job
-from resources.dvc_data import DataVersionError, pinned_md5
+from resources.dvc_data import DataVersionError, DvcData, pinned_md5
 from resources.paths import data_root
 
 
@@ -34,6 +34,11 @@ def new_data(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipRe
     seen = dg.AssetMaterialization(asset_key=DATA, metadata={"md5": md5, "before": before}, tags={"dagster/data_version": md5})
     if not before:
         return dg.SensorResult(cursor=md5, asset_events=[seen])
+    # After `git pull` the pointer is new and the files are not: runs would fail, and nobody would start them again.
+    try:
+        DvcData(root=str(data_root())).check()
+    except DataVersionError as error:
+        return dg.SkipReason(str(error))
     cursor = f"{md5}/{int(changes or 0) + 1}"
     requests = [
         dg.RunRequest(run_key=f"{cursor}/{c}", partition_key=c, tags={"trigger": "data", "dvc.md5": md5})

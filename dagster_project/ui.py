@@ -82,7 +82,9 @@ def main() -> None:
 def _prepare(environment: dict[str, str]) -> None:
     # The server and the steps must not both create the tables of a fresh database; and no run may wait for a dead one.
     code = (
-        "import dagster as dg; from dagster_project.dead_runs import end_dead_runs; from dagster_project.resources import resources\n"
+        "import dagster as dg\n"
+        "from dagster_project.dead_runs import end_dead_runs\n"
+        "from dagster_project.resources import resources\n"
         "resources()['tracking'].client()\n"
         "with dg.DagsterInstance.get() as instance: end_dead_runs(instance)"
     )

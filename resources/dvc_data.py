@@ -40,7 +40,7 @@ def pinned_md5(pointer: Path) -> str:
         outs = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
         return outs[0]["md5"].removesuffix(".dir")
     except FileNotFoundError:
-        raise DataVersionError(f"{pointer}: is missing. Remedy: `dvc add data`, or check it out of git.") from None
+        raise DataVersionError(f"{pointer}: is missing. Remedy: `.venv/bin/dvc add data`, or check it out of git.") from None
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataVersionError(f"{pointer}: is not a DVC pointer file ({error}). Remedy: `dvc add data`.") from error
 
@@ -96,11 +96,16 @@ class DvcData(dg.ConfigurableResource):
                 md5 = hashlib.file_digest(file, "md5").hexdigest()
             if md5 != manifest[name]:
                 raise DataVersionError(
-                    f"data/{name}: differs from the version that data.dvc pins. Remedy: run `dvc add data` to use the "
-                    "new content, or `dvc checkout data` to go back to the pinned one."
+                    f"data/{name}: differs from the version that data.dvc pins. Remedy: if you changed it, run "
+                    "`.venv/bin/dvc add data` to use the new content; if data.dvc is new (after `git pull`), or to go back to "
+                    "the pinned one, run `.venv/bin/dvc pull data.dvc`."
                 )
             out[name] = (path, md5)
         return out
+
+    def check(self) -> None:
+        """Make sure that all of `data/` is there and is what `data.dvc` pins; raises like `checkout`."""
+        self.checkout(sorted(self._read_manifest()))
 
     def version(self, folder: Path, names: Sequence[str], pointer: str) -> Path:
         """Make sure that DVC has the named files of a folder, as one data set, and return the path of its pointer.

@@ -141,8 +141,8 @@ def test_values_that_contradict_each_other_are_named(recipe):
     [
         ("stage: [a", r"r\.yaml: is not readable YAML"),
         ("- stage", r"r\.yaml: must map each stage to a mapping"),
-        ("stage: 3", r"r\.yaml: must map each stage to a mapping"),
-        ("stage:", r"r\.yaml: must map each stage to a mapping"),
+        ("stage: 3", r"r\.yaml: key 'stage': must be a stage with a mapping of its settings \(got 3\)"),
+        ("stage:", r"r\.yaml: key 'stage': must be a stage with a mapping of its settings"),
         ("extends: r", r"r\.yaml: extends itself, through r$"),
         ("extends: other", r"other\.yaml: no such recipe\. Remedy: choose one of r"),
     ],

@@ -158,7 +158,9 @@ def test_a_file_in_data_that_is_not_the_pinned_version(materialize, folder, trac
     path.unlink()
     path.write_bytes(content + b"\n")
     description = assert_one_clear_failure(materialize("prompts", {}, pulled), folder, tracking)
-    assert description.startswith("data/prompts.jsonl: differs from the version that data.dvc pins. Remedy: run `dvc add data`")
+    assert description.startswith(
+        "data/prompts.jsonl: differs from the version that data.dvc pins. Remedy: if you changed it, run `.venv/bin/dvc add data`"
+    )
 
 
 def test_a_file_in_data_that_is_not_pinned_at_all(materialize, folder, tracking, pulled):

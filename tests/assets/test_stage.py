@@ -46,7 +46,11 @@ def pin(folder: Path, md5: str) -> None:
 
 def run(assets: list, resources: dict[str, Any], **kwargs: Any) -> dg.ExecuteInProcessResult:
     return dg.materialize(
-        assets, resources=resources, instance=kwargs.pop("instance", dg.DagsterInstance.ephemeral()), raise_on_error=False, **kwargs
+        assets,
+        resources=resources,
+        instance=kwargs.pop("instance", dg.DagsterInstance.ephemeral()),
+        raise_on_error=False,
+        **kwargs,
     )
 
 
@@ -91,9 +95,7 @@ def test_an_asset_says_the_version_of_the_data_that_it_is_made_of_not_of_the_dat
             pin(tmp_path, TWO)  # somebody runs `dvc add data`
 
     @dg.asset(deps=[meanwhile])
-    def trained(
-        context: dg.AssetExecutionContext, rows: PromptSet, store: ArtifactStore, tracking: MlflowTracking, dvc: DvcData
-    ):
+    def trained(context: dg.AssetExecutionContext, rows: PromptSet, store: ArtifactStore, tracking: MlflowTracking, dvc: DvcData):
         return materialize(context, lambda: stage(inputs={"rows": rows}), Tools(store, tracking, dvc))
 
     def version(done: dg.ExecuteInProcessResult) -> tuple[str, str, str]:
@@ -110,3 +112,24 @@ def test_an_asset_says_the_version_of_the_data_that_it_is_made_of_not_of_the_dat
     again = version(run([rows, meanwhile, trained], resources))
     assert again[:2] == tuple(v.replace("1", "2") for v in version(first)[:2])
     assert again[2] == version(first)[2]
+
+
+def test_out_of_memory_on_the_gpu_is_said_once_with_what_to_lower(resources):
+    attempts = []
+
+    def compute(work: Work, log: Any) -> Outcome:
+        import torch
+
+        attempts.append(work)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.\nMore lines")
+
+    @dg.asset(retry_policy=dg.RetryPolicy(max_retries=2))
+    def trained(context: dg.AssetExecutionContext, store: ArtifactStore, tracking: MlflowTracking, dvc: DvcData):
+        return materialize(context, lambda: stage(compute), Tools(store, tracking, dvc))
+
+    done = run([trained], resources)
+    assert not done.success
+    assert len(attempts) == 1
+    (failure,) = done.get_step_failure_events()
+    description = failure.step_failure_data.user_failure_data.description
+    assert description.startswith("out of GPU memory: CUDA out of memory. Tried to allocate 5.00 GiB. Remedy: lower this stage's")

@@ -1,9 +1,16 @@
 """The demo's closing table."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import dagster as dg
 import pytest
 
 from dagster_project.demo import assets_of, summary_table
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 ROW = {"seconds": 1.234, "reused": False, "peak_memory_gb": 0.57, "mlflow_run_id": "0123456789abcdef0123456789abcdef"}
 
@@ -98,12 +105,17 @@ def test_the_champions_decision_its_rules_and_the_registration_come_last():
     judged = rules(("better than SFT", False, "gain -0.010"), ("length", True, "30 tokens against 31"))
     registered = "aligned-policy-general version 1 (challenger)"
     decision = "dpo: not promoted, fails better than SFT"
-    texts = lines_of(row("prompts"), row("champion", promoted=0.0, decision=decision, rules=judged, registered=registered))
-    assert texts[-4:] == [
+    files = {"policy": "storage/artifacts/aligned_policy/dpo/1/model", "base": "storage/artifacts/base_model/2/model"}
+    texts = lines_of(
+        row("prompts"), row("champion", promoted=0.0, decision=decision, rules=judged, registered=registered, **files)
+    )
+    assert texts[-6:] == [
         "champion: dpo: not promoted, fails better than SFT",
         "  FAILS  better than SFT: gain -0.010",
         "  passes length: 30 tokens against 31",
         f"registered in MLflow: {registered}",
+        "its files: storage/artifacts/aligned_policy/dpo/1/model",
+        "base model of its adapter: storage/artifacts/base_model/2/model",
     ]
 
 
@@ -130,3 +142,14 @@ def test_the_command_refuses_unknown_arguments(python, arguments):
     done = python(script)
     assert done.returncode == 2
     assert "usage: " in done.stderr
+
+
+def test_the_job_runs_the_methods_that_the_environment_names():
+    code = "from dagster_project.jobs import alignment; print(*sorted(k.to_user_string() for k in alignment().asset_layer.executable_asset_keys))"
+
+    def run(methods: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"ALIGNMENT_METHODS": methods}
+        return subprocess.run([sys.executable, "-c", code], env=environment, cwd=PROJECT, capture_output=True, text=True)
+
+    assert set(run("dpo, ppo").stdout.split()) == set(assets_of(["dpo", "ppo"]))
+    assert "methods: ddpo: choose from" in run("ddpo").stderr

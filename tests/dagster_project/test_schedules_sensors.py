@@ -1,9 +1,11 @@
 """Schedule and sensor: evaluated on their own, and ticked by Dagster's daemon in a real instance."""
 
 import datetime
+import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,12 @@ def pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def pin(pointer: Path, md5: str) -> None:
+def pin(pointer: Path, md5: str, files: Mapping[str, str] | None = None) -> None:
+    """What `dvc add data` leaves for a folder of these files, apart from the files."""
+    manifest = pointer.parent / ".dvc" / "cache" / "files" / "md5" / md5[:2] / f"{md5[2:]}.dir"
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"md5": hashlib.md5(text.encode()).hexdigest(), "relpath": name} for name, text in (files or {}).items()]
+    manifest.write_text(json.dumps(rows), encoding="utf-8")
     pointer.write_text(f"outs:\n- md5: {md5}.dir\n  path: data\n", encoding="utf-8")
 
 
@@ -111,6 +118,19 @@ def test_a_new_version_asks_for_one_run_per_constitution_and_records_the_data(in
     assert event.tags["dagster/data_version"] == SECOND
     assert event.metadata["md5"].value == SECOND
     assert event.metadata["before"].value == FIRST
+
+
+def test_a_pointer_that_came_without_its_files_is_a_reason_to_wait_for_them(instance, pointer):
+    (pointer.parent / "data").mkdir()
+    (pointer.parent / "data" / "prompts.jsonl").write_text("old")
+    pin(pointer, SECOND, {"prompts.jsonl": "new"})  # `git pull` brings the pointer
+    tick = look(instance, FIRST)
+    assert tick.run_requests == []
+    assert "data/prompts.jsonl: differs from the version that data.dvc pins" in tick.skip_message
+    assert "dvc pull data.dvc" in tick.skip_message
+    assert tick.cursor in (None, FIRST)  # None leaves the cursor as it is
+    (pointer.parent / "data" / "prompts.jsonl").write_text("new")  # and `dvc pull` the files
+    assert len(look(instance, FIRST).run_requests) == len(CONSTITUTIONS)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"outs: [", b"outs:\n- path: data\n"], ids=["missing", "empty", "yaml", "md5"])

@@ -120,8 +120,8 @@ def test_a_modified_file_is_refused_and_left_alone(root):
     with pytest.raises(DataVersionError) as caught:
         DvcData(root=str(root)).checkout(["prompts.jsonl", "pairs.jsonl"])
     assert "data/pairs.jsonl: differs from the version that data.dvc pins" in str(caught.value)
-    assert "Remedy: run `dvc add data`" in str(caught.value)
-    assert "dvc checkout data" in str(caught.value)
+    assert "if you changed it, run `.venv/bin/dvc add data`" in str(caught.value)
+    assert "`.venv/bin/dvc pull data.dvc`" in str(caught.value)
     assert (root / "data" / "pairs.jsonl").read_text() == "mine"
 
 

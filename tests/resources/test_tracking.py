@@ -436,7 +436,9 @@ def test_a_policy_that_this_server_does_not_know_is_logged_to_the_run_that_regis
     register(tracking, "0" * 32, "one", promoted=True, model=tmp_path / "policy1", attempt=here)
     version = client.get_model_version_by_alias("aligned-policy-general", "champion")
     assert version.run_id == here
-    folder = mlflow.artifacts.download_artifacts(version.source, tracking_uri=tracking.tracking_uri, dst_path=str(tmp_path / "new"))
+    folder = mlflow.artifacts.download_artifacts(
+        version.source, tracking_uri=tracking.tracking_uri, dst_path=str(tmp_path / "new")
+    )
     assert (Path(folder) / "adapter_model.safetensors").read_bytes() == b"\1"
 
 
