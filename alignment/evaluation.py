@@ -50,9 +50,9 @@ class SftReportConfig(Config):
 
 
 class ReportConfig(Config):
-    """Settings of one policy's measurement. How it answers is decided by `sft_report`, so that both sides answer alike."""
+    """Settings of one policy's measurement. How it is loaded and answers is decided by `sft_report`, so that both sides are
+    measured alike."""
 
-    load: LoadSettings = Field(LoadSettings(), description="How the models are loaded")
     score_batch_size: int = Field(32, ge=1, **layout("Conversations scored at once"))
 
 
@@ -156,10 +156,10 @@ def evaluate_policy(
         rows = [(p + ids, [IGNORE] * len(p) + ids) for p, ids in asked]
         return label_log_probs(model, tokenizer, rows, config.score_batch_size)
 
-    with _loaded(policy, config.load) as model:
+    with _loaded(policy, settings.load) as model:
         answers, nll, correct = _answer(model, tokenizer, settings, heldout, log, "policy")
         log_probs_policy = log_probs(model)
-    with _loaded(sft, config.load) as model:
+    with _loaded(sft, settings.load) as model:
         log_probs_sft = log_probs(model)
     scores, rewards = _scored(config, settings, tokenizer, heldout, answers, evaluator, reward_model, log)
     ours = Measured(settings=settings, answers=tuple(answers), scores=scores, rewards=rewards, nll=nll, correct=tuple(correct))
@@ -210,7 +210,7 @@ def _scored(config, settings: SftReportConfig, tokenizer, heldout: Heldout, answ
     finished = [[*q, {"role": "assistant", "content": c.text or " "}] for q, c in zip(questions, answers, strict=True)]
     out = []
     for files, what in ((evaluator, "evaluator"), (reward_model, "reward model")):
-        scorer = load_reward_model(files, config.load, tokenizer=tokenizer)
+        scorer = load_reward_model(files, settings.load, tokenizer=tokenizer)
         out.append(tuple(score(scorer, tokenizer, finished, config.score_batch_size, log, what)))
         del scorer
         gc.collect()
