@@ -1,7 +1,10 @@
-"""Reports: which answers stand beside each other in the table, and that both sides are measured in the same way."""
+"""Reports: which answers stand beside each other in the table, both sides measured in the same way, one model in memory."""
+
+import weakref
 
 import pytest
 
+from alignment import evaluation
 from alignment.evaluation import Heldout, ReportConfig, SftReportConfig, evaluate_policy, measure_sft
 from alignment.generation import SamplingSettings
 from alignment.models import LoadSettings, ModelFiles
@@ -38,3 +41,26 @@ def test_a_policy_that_is_the_sft_checkpoint_has_all_of_its_numbers(tiny_model, 
     for side in ("evaluator/score_{}", "reward_model/score_{}", "perplexity/{}", "length/{}"):
         assert metrics[side.format("policy")] == metrics[side.format("sft")]
     assert metrics["evaluator/gain_low"] == metrics["evaluator/gain_high"] == metrics["kl/from_sft"] == 0
+
+
+def test_no_two_models_are_in_memory_at_a_time(tiny_model, float32, monkeypatch):
+    seen, beside = [], []
+
+    def counted(load):
+        def run(*args, **kwargs):
+            beside.append(sum(model() is not None for model in seen))
+            model = load(*args, **kwargs)
+            seen.append(weakref.ref(model))
+            return model
+
+        return run
+
+    for name in ("load_causal_lm", "load_reward_model"):
+        monkeypatch.setattr(evaluation, name, counted(getattr(evaluation, name)))
+    files = ModelFiles(tiny_model)
+    heldout = Heldout(prompts=(Prompt(id="q", prompt="Why?"),))
+    models = {"sft": files, "evaluator": files, "reward_model": files, "heldout": heldout}
+    settings = SftReportConfig(sampling=SamplingSettings(max_new_tokens=4), load=float32)
+    theirs, _, rows = measure_sft(settings, base=files, **models)
+    evaluate_policy(ReportConfig(), theirs=theirs, base_rows=rows, policy=files, **models)
+    assert beside == [0] * 8  # SFT, base and two scorers; policy, SFT and two scorers
