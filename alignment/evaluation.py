@@ -24,6 +24,7 @@ from alignment.fingerprint import layout
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import label_log_probs
 from alignment.models import Config, LoadSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer
+from alignment.pair_filters import HARMFUL, HARMLESS
 from alignment.progress import SILENT, Log
 from alignment.records import Conversation, Problem, Prompt, Record
 from alignment.refusals import is_refusal
@@ -254,7 +255,7 @@ def _side(name: str, measured: Measured, prompts: Sequence[Prompt]) -> dict[str,
         f"eos_rate/{name}": _mean([float(c.ended) for c in measured.answers]),
     }
     intent = [p.tags for p in prompts for _ in range(n)]
-    for label, tags in (("refusal", {"harmful-intent"}), ("over_refusal", {"benign", "borderline-but-fine"})):
+    for label, tags in (("refusal", {HARMFUL}), ("over_refusal", HARMLESS)):
         hits = [float(is_refusal(c.text)) for c, t in zip(measured.answers, intent, strict=True) if tags & set(t)]
         if hits:
             out[f"{label}_rate/{name}"] = _mean(hits)
