@@ -10,6 +10,7 @@ from alignment.handles import Checkpoint, PolicyReport, PromptSet, RewardModel, 
 from alignment.methods import METHODS, Method, Training
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
+from assets.reward_models import domains_of
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
 from assets.sft_report import heldout_data, read_table, write_table
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
@@ -49,6 +50,7 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                         },
                         folders={n: tools.store.path(h) for n, h in inputs.items()},
                         prompt_tags=rules.prompt_tags,
+                        preference_domains=rules.preference_domains,
                         work=work.folder,
                         out=work.out,
                         log=log,
@@ -69,6 +71,8 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                 code_version=method.code_version,
                 inputs=inputs,
                 constitution=rules,
+                # The constitution's text holds them too, but also of policies that were trained when they were ignored.
+                versions=domains_of(rules) if "human_preferences" in method.inputs else {},
                 compute=compute,
                 model_artifact=True,
             )
