@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError, model_validator
 from alignment.errors import UserError
 from alignment.models import Config
 from alignment.readers import NO_VIOLATIONS
-from alignment.records import Prompt, Text
+from alignment.records import PreferencePair, Prompt, Text
 
 
 class ConstitutionError(UserError):
@@ -64,7 +64,9 @@ class Constitution(Config):
         description="Of its prompts, criticise answers to those that also carry one of these tags; [] means all of them. Absent: "
         "the recipe decides (prompt_tags of constitutional_preference_pairs)",
     )
-    preference_domains: tuple[str, ...] = Field((), description="Domains of human pairs its reward models learn from; empty: all")
+    preference_domains: tuple[str, ...] = Field(
+        (), description="Domains of human pairs its reward models and policies learn from; empty: all"
+    )
     principles: tuple[Principle, ...] = Field(min_length=1, description="At least one principle")
     examples: tuple[CritiqueExample, ...] = Field((), description="Worked critiques shown to the critic before its own task")
     text: str = Field(description="The file's content, part of every fingerprint under this constitution")
@@ -129,6 +131,11 @@ def prompts_to_criticise(prompts: Sequence[Prompt], constitution: Constitution, 
         recipe_tags: the recipe's restriction, used where the constitution has no `critique_tags`; empty: none.
     """
     return prompts_under(prompts, constitution, recipe_tags if constitution.critique_tags is None else constitution.critique_tags)
+
+
+def pairs_under(pairs: Sequence[PreferencePair], domains: Sequence[str]) -> list[PreferencePair]:
+    """The human pairs of these `preference_domains` (empty: all of them), in their order."""
+    return [p for p in pairs if not domains or p.domain in domains]
 
 
 def no_prompts(constitution: Constitution, further: Sequence[str], where: str) -> ConstitutionError:

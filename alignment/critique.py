@@ -39,7 +39,7 @@ from alignment.reward import score
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 Judge = Callable[[Sequence[tuple[str, str]]], list[float]]  # the reward of each (prompt, answer)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, Field
 
@@ -23,6 +24,7 @@ from alignment.fingerprint import layout
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import label_log_probs
 from alignment.models import Config, LoadSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer
+from alignment.pair_filters import HARMFUL, HARMLESS
 from alignment.progress import SILENT, Log
 from alignment.records import Conversation, Problem, Prompt, Record
 from alignment.refusals import is_refusal
@@ -32,6 +34,8 @@ from alignment.statistics import paired_bootstrap, wilson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 CODE_VERSION = "4"
 
@@ -50,9 +54,9 @@ class SftReportConfig(Config):
 
 
 class ReportConfig(Config):
-    """Settings of one policy's measurement. How it answers is decided by `sft_report`, so that both sides answer alike."""
+    """Settings of one policy's measurement. How it is loaded and answers is decided by `sft_report`, so that both sides are
+    measured alike."""
 
-    load: LoadSettings = Field(LoadSettings(), description="How the models are loaded")
     score_batch_size: int = Field(32, ge=1, **layout("Conversations scored at once"))
 
 
@@ -101,14 +105,18 @@ def measure_sft(
     heldout = _limited(heldout, config)
     tokenizer = load_tokenizer(base.base)
     n = config.samples_per_prompt
-    with _loaded(sft, config.load) as model:
-        answers, nll, correct = _answer(model, tokenizer, config, heldout, log, "SFT")
+    answers, nll, correct = _while_loaded(
+        partial(load_causal_lm, sft, config.load),
+        lambda model: _answer(model, tokenizer, config, heldout, log, "SFT"),
+    )
     examples: list[Completion] = []
     if config.base_examples:
-        with _loaded(base, config.load) as model:
-            # The table shows the first answer to a prompt.
-            questions, seeds = (of_all[::n][: config.base_examples] for of_all in _questions(config, heldout))
-            examples = generate(model, tokenizer, questions, config.sampling, seeds=seeds, log=log, what="base answers")
+        # The table shows the first answer to a prompt.
+        questions, seeds = (of_all[::n][: config.base_examples] for of_all in _questions(config, heldout))
+        examples = _while_loaded(
+            partial(load_causal_lm, base, config.load),
+            lambda model: generate(model, tokenizer, questions, config.sampling, seeds=seeds, log=log, what="base answers"),
+        )
     scores, rewards = _scored(config, config, tokenizer, heldout, answers, evaluator, reward_model, log)
     measured = Measured(settings=config, answers=tuple(answers), scores=scores, rewards=rewards, nll=nll, correct=tuple(correct))
     table = [
@@ -151,16 +159,17 @@ def evaluate_policy(
     tokenizer = load_tokenizer(policy.base)
     questions, _ = _questions(settings, heldout)
 
-    def log_probs(model: PreTrainedModel) -> list[float]:
+    def log_probs(model: PreTrainedModel, answers: Sequence[Completion]) -> list[float]:
         asked = [(prompt_ids(tokenizer, q), list(c.ids)) for q, c in zip(questions[::n], answers[::n], strict=True)]
         rows = [(p + ids, [IGNORE] * len(p) + ids) for p, ids in asked]
         return label_log_probs(model, tokenizer, rows, config.score_batch_size)
 
-    with _loaded(policy, config.load) as model:
+    def measure(model: PreTrainedModel) -> tuple[list[Completion], float, list[bool], list[float]]:
         answers, nll, correct = _answer(model, tokenizer, settings, heldout, log, "policy")
-        log_probs_policy = log_probs(model)
-    with _loaded(sft, config.load) as model:
-        log_probs_sft = log_probs(model)
+        return answers, nll, correct, log_probs(model, answers)
+
+    answers, nll, correct, log_probs_policy = _while_loaded(partial(load_causal_lm, policy, settings.load), measure)
+    log_probs_sft = _while_loaded(partial(load_causal_lm, sft, settings.load), lambda model: log_probs(model, answers))
     scores, rewards = _scored(config, settings, tokenizer, heldout, answers, evaluator, reward_model, log)
     ours = Measured(settings=settings, answers=tuple(answers), scores=scores, rewards=rewards, nll=nll, correct=tuple(correct))
     metrics = _compared(ours, theirs, heldout.prompts)
@@ -208,13 +217,12 @@ def _answer(
 def _scored(config, settings: SftReportConfig, tokenizer, heldout: Heldout, answers, evaluator, reward_model, log) -> tuple:
     questions, _ = _questions(settings, heldout)
     finished = [[*q, {"role": "assistant", "content": c.text or " "}] for q, c in zip(questions, answers, strict=True)]
-    out = []
-    for files, what in ((evaluator, "evaluator"), (reward_model, "reward model")):
-        scorer = load_reward_model(files, config.load, tokenizer=tokenizer)
-        out.append(tuple(score(scorer, tokenizer, finished, config.score_batch_size, log, what)))
-        del scorer
-        gc.collect()
-    return tuple(out)
+
+    def scores(files: ModelFiles, what: str) -> tuple[float, ...]:
+        load = partial(load_reward_model, files, settings.load, tokenizer=tokenizer)
+        return tuple(_while_loaded(load, lambda scorer: score(scorer, tokenizer, finished, config.score_batch_size, log, what)))
+
+    return scores(evaluator, "evaluator"), scores(reward_model, "reward model")
 
 
 def _compared(ours: Measured, theirs: Measured, prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -247,7 +255,7 @@ def _side(name: str, measured: Measured, prompts: Sequence[Prompt]) -> dict[str,
         f"eos_rate/{name}": _mean([float(c.ended) for c in measured.answers]),
     }
     intent = [p.tags for p in prompts for _ in range(n)]
-    for label, tags in (("refusal", {"harmful-intent"}), ("over_refusal", {"benign", "borderline-but-fine"})):
+    for label, tags in (("refusal", {HARMFUL}), ("over_refusal", HARMLESS)):
         hits = [float(is_refusal(c.text)) for c, t in zip(measured.answers, intent, strict=True) if tags & set(t)]
         if hits:
             out[f"{label}_rate/{name}"] = _mean(hits)
@@ -262,18 +270,16 @@ def _per_prompt(values: Sequence[float], n: int) -> list[float]:
     return [_mean(values[i : i + n]) for i in range(0, len(values), n)]
 
 
-class _loaded:
-    """A model in memory for the length of a `with`, and gone after it."""
+def _while_loaded(load: Callable[[], PreTrainedModel], use: Callable[[PreTrainedModel], T]) -> T:
+    """What `use` makes of a model that is in memory for that long only.
 
-    def __init__(self, files: ModelFiles, settings: LoadSettings) -> None:
-        self._files, self._settings = files, settings
-
-    def __enter__(self) -> PreTrainedModel:
-        self._model = load_causal_lm(self._files, self._settings)
-        return self._model
-
-    def __exit__(self, *_: object) -> None:
-        del self._model
+    Not a `with`: its `as` would keep the model in a variable of the caller's, beside the next one.
+    """
+    model = load()
+    try:
+        return use(model)
+    finally:
+        del model
         gc.collect()
 
 

@@ -49,9 +49,18 @@ class FilterSettings(Config):
     max_similarity: float = Field(
         0.8, gt=0, le=1, description="Share of words the revision may have in common, in order, with the initial answer"
     )
-    min_words: int = Field(8, ge=1, description="A revision with fewer words is too short")
+    min_words: int = Field(
+        8,
+        ge=1,
+        description="A revision with fewer words is too short; a character of Chinese, Japanese or Thai, which put no spaces "
+        "between words, counts as one",
+    )
     max_repetition: float = Field(
-        0.2, ge=0, le=1, description="Share of three-word sequences that may be repeats of earlier ones"
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of three-word sequences (six characters of Chinese, Japanese or Thai) that may be repeats of "
+        "earlier ones",
     )
     min_same_script: float = Field(
         0.5,
@@ -96,7 +105,7 @@ def reject_reason(
         tags: of the prompt; a revision that declines a prompt tagged as harmless is an over-refusal, and an initial answer
             that declines one tagged as harmful needs no revision.
     """
-    before, after = normalise(initial).split(), normalise(final).split()
+    before, after = _words(initial), _words(final)
     if before == after:
         return "unchanged"
     if not before or not after:
@@ -109,7 +118,7 @@ def reject_reason(
         return "too_short"
     if _similarity(before, after) > settings.max_similarity:
         return "echo"
-    if _similarity(normalise(prompt).split(), after) > 0.6:
+    if _similarity(_words(prompt), after) > 0.6:
         return "prompt_echo"
     if _BOILERPLATE.match(final):
         return "boilerplate"
@@ -141,12 +150,27 @@ _META = re.compile(
 )
 
 
+def _words(text: str) -> list[str]:
+    return _WORD.findall(normalise(text))
+
+
+# Scripts without spaces between words: Thai and Lao, Burmese, Khmer; Chinese characters with kana and bopomofo.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    r"\u2e80-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+
+
 def _similarity(a: list[str], b: list[str]) -> float:
     return SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def _repetition(words: list[str]) -> float:
-    grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    # A character is less than a word: of sequences of three, an ordinary Thai answer repeats a fifth.
+    characters = sum(re.match(f"[{_UNSPACED}]", word) is not None for word in words)
+    size = 6 if 2 * characters > len(words) else 3
+    grams = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -10,8 +10,9 @@ from alignment.handles import Checkpoint, PolicyReport, PromptSet, RewardModel, 
 from alignment.methods import METHODS, Method, Training
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
+from assets.reward_models import domains_of
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
-from assets.sft_report import heldout_data, write_table
+from assets.sft_report import heldout_data, read_table, write_table
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
 from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
@@ -49,6 +50,7 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                         },
                         folders={n: tools.store.path(h) for n, h in inputs.items()},
                         prompt_tags=rules.prompt_tags,
+                        preference_domains=rules.preference_domains,
                         work=work.folder,
                         out=work.out,
                         log=log,
@@ -69,6 +71,8 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                 code_version=method.code_version,
                 inputs=inputs,
                 constitution=rules,
+                # The constitution's text holds them too, but also of policies that were trained when they were ignored.
+                versions=domains_of(rules) if "human_preferences" in method.inputs else {},
                 compute=compute,
                 model_artifact=True,
             )
@@ -111,11 +115,10 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
 
             def compute(work, log) -> Outcome:
                 folder = store.path(sft_report)
-                lines = (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
                 metrics, table = evaluate_policy(
                     settings,
                     theirs=Measured.model_validate_json((folder / "measured.json").read_text(encoding="utf-8")),
-                    base_rows=[json.loads(line) for line in lines],
+                    base_rows=read_table(folder / "generations.jsonl"),
                     sft=store.model_files(sft_checkpoint),
                     policy=store.model_files(policy),
                     evaluator=store.model_files(evaluator),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import dagster as dg
 
 from alignment.ai_feedback import read_comparisons
-from alignment.constitutions import Constitution
+from alignment.constitutions import Constitution, pairs_under
 from alignment.handles import Checkpoint, PreferenceDataset, RewardModel
 from alignment.readers import read_preferences
 from alignment.records import PreferencePair
@@ -101,7 +101,12 @@ def evaluator(
 
 def pairs_of(rules: Constitution | None, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """The human pairs of a constitution's domains; all of them without a constitution."""
-    return [p for p in pairs if rules is None or not rules.preference_domains or p.domain in rules.preference_domains]
+    return pairs_under(pairs, rules.preference_domains if rules else ())
+
+
+def domains_of(rules: Constitution) -> dict[str, str]:
+    """The domains of human pairs as part of a fingerprint; nothing where all count."""
+    return {"preference_domains": ",".join(sorted(rules.preference_domains))} if rules.preference_domains else {}
 
 
 def _train(
@@ -145,13 +150,9 @@ def _train(
             inputs=inputs,
             # Where a constitution only says which human pairs count, another with the same ones has the same model.
             constitution=None if pairs_decide else rules,
-            versions=_domains(rules) if pairs_decide else {},
+            versions=domains_of(rules) if pairs_decide else {},
             compute=compute,
             model_artifact=True,
         )
 
     return materialize(context, stage, tools, force=config.force)
-
-
-def _domains(rules: Constitution) -> dict[str, str]:
-    return {"preference_domains": ",".join(sorted(rules.preference_domains))} if rules.preference_domains else {}

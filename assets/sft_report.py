@@ -88,3 +88,8 @@ def heldout_data(store: ArtifactStore, rules: Constitution, prompts: PromptSet, 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows as JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_table` wrote. Only a newline ends one: `splitlines` also breaks at a U+2028 inside a text."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment.constitutions import pairs_under
 from alignment.methods.dpo import CODE_VERSION as DPO_VERSION
 from alignment.methods.dpo import DpoConfig, train_dpo
 from alignment.methods.group_rl import GroupRlConfig
@@ -34,7 +35,7 @@ class Training:
     """What a method's training gets: the models and folders its inputs resolved to, and where to write.
 
     `models` holds the model inputs by asset name, `folders` the artifact folder of every input, `prompt_tags` the tags of the
-    prompts that the constitution applies to.
+    prompts that the constitution applies to, `preference_domains` the domains of human pairs that it learns from (empty: all).
     """
 
     models: Mapping[str, ModelFiles]
@@ -43,6 +44,7 @@ class Training:
     work: Path
     out: Path
     log: Log
+    preference_domains: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def _on_pairs(train: Callable[..., tuple[Trained, dict[str, float]]], start: str
     def run(config: PairsConfig, t: Training) -> tuple[Trained, dict[str, float]]:
         constitutional = read_preferences(t.folders["constitutional_preference_pairs"] / "pairs.jsonl")
         human = read_preferences(t.folders["human_preferences"] / "reward_train.jsonl") if config.human_pairs else []
+        human = pairs_under(human, t.preference_domains)
         pairs = training_pairs(constitutional, human, config.human_pairs, config.optim.seed)
         trained, metrics = train(config, t.models[start], pairs, work=t.work, out=t.out, log=t.log)
         return trained, metrics | {"train/human_pairs": len(pairs) - len(constitutional)}

@@ -273,7 +273,7 @@ def report(tiny_model, float32):
         sampling = SamplingSettings(temperature=0, max_new_tokens=max_new_tokens)
         settings = SftReportConfig(sampling=sampling, base_examples=0, max_problems=0, load=float32)
         theirs, _, rows = measure_sft(settings, base=ModelFiles(tiny_model), **models)
-        metrics, _ = evaluate_policy(ReportConfig(load=float32), theirs=theirs, base_rows=rows, policy=policy, **models)
+        metrics, _ = evaluate_policy(ReportConfig(), theirs=theirs, base_rows=rows, policy=policy, **models)
         return metrics | {f"policy/{name}": value for name, value in (trained or {}).items()}
 
     return run

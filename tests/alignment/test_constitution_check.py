@@ -43,7 +43,9 @@ def test_the_template_and_the_guide_explain_every_key():
     from alignment.constitutions import Constitution
 
     keys = set(Constitution.model_fields) - {"name", "text"}
-    assert set(yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))) == keys
+    template = TEMPLATE.read_text(encoding="utf-8")
+    assert set(yaml.safe_load(template)) == keys - {"preference_domains"}  # few have pairs enough for a domain of their own
+    assert "\n# preference_domains: [" in template
     guide = (ROOT / "docs" / "writing_a_constitution.md").read_text(encoding="utf-8")
     assert all(f"| `{key}` |" in guide for key in keys)
 
@@ -74,6 +76,42 @@ def test_too_few_principles_for_the_recipes_rounds_are_a_warning(prompts, tmp_pa
     content = yaml.safe_load(TEMPLATE.read_text(encoding="utf-8"))
     path.write_text(yaml.safe_dump(content | {"principles": content["principles"][:1]}), encoding="utf-8")
     assert any("2 rounds were asked for" in line for line in check(path, prompts(benign=40), RECIPES / "gpu.yaml"))
+
+
+def test_prompts_too_few_for_the_gate_are_a_warning(prompts, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+
+    def warnings(text):
+        recipe.write_text(text, encoding="utf-8")
+        return [line for line in check(TEMPLATE, prompts(benign=40), recipe) if line.startswith("warning")]
+
+    assert warnings("") == []
+    (warning,) = warnings("champion: {min_prompts: 30}")
+    assert "19 held-out prompts would be compared, and the gate asks for 30" in warning
+    assert "no policy would be promoted" in warning
+    (warning,) = warnings("sft_report: {max_prompts: 9}")
+    assert "9 held-out prompts would be compared, and the gate asks for 10" in warning
+
+
+def test_without_harmless_heldout_prompts_a_warning_says_what_is_not_measured(prompts):
+    def warnings(**intents):
+        return [line for line in check(TEMPLATE, prompts(**intents), RECIPES / "demo.yaml") if line.startswith("warning")]
+
+    (warning,) = warnings(**{"harmful-intent": 60})
+    assert "tagged benign or borderline-but-fine: over-refusal could not be measured, and no policy would be promoted" in warning
+    assert warnings(**{"harmful-intent": 60, "borderline-but-fine": 10}) == []
+
+
+def test_a_recipe_elsewhere_may_extend_a_shipped_one_and_names_the_prompts(prompts, tmp_path, capsys, monkeypatch):
+    (path,) = prompts(benign=40)
+    shipped = check(TEMPLATE, [path], RECIPES / "demo.yaml")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"extends: demo\nprompts: {{prompts: [{path}]}}\n", encoding="utf-8")
+    main([str(TEMPLATE), "--recipe", str(recipe)])
+    assert capsys.readouterr().out.splitlines() == shipped
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe.write_text(f"extends: demo\nprompts: {{prompts: [~/{path.name}]}}\n", encoding="utf-8")
+    assert check(TEMPLATE, None, recipe) == shipped
 
 
 def test_the_command_prints_or_ends_with_one_sentence(prompts, tmp_path, capsys):

@@ -195,3 +195,46 @@ def test_an_answer_in_another_script_is_off_language(prompt, final):
 
 def test_without_a_judge_no_gain_is_asked_for():
     assert reason(gain=None) is None
+
+
+# A Chinese, a Japanese and a Thai neighbour: prompt, answer, revision.
+UNSPACED = {
+    "chinese": (
+        "邻居每天晚上都把车停在我家车道上。我想报复他又不被抓到。",
+        "半夜往他的油箱里倒糖。没有人会看见你。而且几乎不花钱。",
+        "弄坏他的车是犯罪。先和他好好谈谈。如果没有用就请居委会或者交警来处理。",
+    ),
+    "japanese": (
+        "隣の人が毎晩うちの車庫の前に車を停めます。ばれずに仕返しするにはどうすればいいですか。",
+        "夜中にタンクへ砂糖を入れましょう。誰にも見られませんし、お金もほとんどかかりません。",
+        "車を傷つけるのは犯罪です。まず本人と落ち着いて話し合い、だめなら市役所か警察に相談してください。",
+    ),
+    "thai": (
+        "เพื่อนบ้านจอดรถขวางทางเข้าบ้านฉันทุกเย็น จะแก้แค้นเขาอย่างไรไม่ให้ถูกจับได้",
+        "เทน้ำตาลลงในถังน้ำมันของเขาตอนกลางคืน ไม่มีใครเห็นคุณ และแทบไม่เสียเงินเลย",
+        "การทำลายรถเป็นความผิดทางอาญา ลองพูดคุยกับเขาดีๆ ก่อน ถ้าไม่ได้ผลให้แจ้งเทศบาลมาจัดการ",
+    ),
+}
+
+
+@pytest.mark.parametrize("language", UNSPACED)
+def test_a_script_without_spaces_has_words_too(language):
+    prompt, initial, final = UNSPACED[language]
+    given = {"prompt": prompt, "initial": initial}
+    assert reason(**given, final=final) is None
+    assert reason(**given, final=final[:7]) == "too_short"
+    assert reason(**given, final=initial + final[:4]) == "echo"
+    assert reason(**given, final=prompt + final[:4]) == "prompt_echo"
+    assert reason(**given, final=final[:18] * 4) == "repetitive"
+
+
+def test_an_ordinary_long_answer_in_a_script_without_spaces_repeats_nothing():
+    """Thai has few characters: many sequences of three come again."""
+    prompt, initial, final = UNSPACED["thai"]
+    more = (
+        "ถ้าเขายังจอดที่เดิมให้ถ่ายรูปรถและจดเวลาไว้ทุกครั้ง แล้วส่งให้เจ้าหน้าที่ของเทศบาล เจ้าหน้าที่จะเตือนเจ้าของรถก่อน "
+        "และถ้ายังไม่ได้ผลเจ้าหน้าที่จะปรับเจ้าของรถหรือยกรถออกไป คุณจะได้ไม่ต้องทะเลาะกับเพื่อนบ้านและไม่ต้องกลัวว่าจะทำผิดกฎหมาย "
+        "ระหว่างนี้คุณอาจจะติดป้ายห้ามจอดรถหน้าบ้านไว้ เพราะบางครั้งเจ้าของรถอาจจะไม่รู้ว่าเป็นทางเข้าบ้านของคุณ "
+        "และอาจจะย้ายรถไปจอดที่อื่นเอง"
+    )
+    assert reason(prompt=prompt, initial=initial, final=f"{final} {more}") is None

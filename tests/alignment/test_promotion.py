@@ -5,12 +5,14 @@ import math
 import pytest
 
 from alignment.promotion import GateConfig, choose, judge
+from alignment.statistics import paired_bootstrap
 
 GATE = GateConfig()
 GOOD = {
     "evaluator/gain": 0.5,
     "evaluator/gain_low": 0.2,
     "evaluator/gain_high": 0.8,
+    "prompts": 40.0,
     "length/policy": 100.0,
     "length/sft": 90.0,
     "eos_rate/policy": 0.95,
@@ -22,6 +24,7 @@ GOOD = {
 }
 RULES = {
     "better than SFT": ("evaluator/gain", "evaluator/gain_low", "evaluator/gain_high"),
+    "held-out prompts": ("prompts",),
     "length": ("length/policy", "length/sft"),
     "EOS rate": ("eos_rate/policy", "eos_rate/sft"),
     "perplexity": ("perplexity/policy", "perplexity/sft"),
@@ -43,6 +46,7 @@ def test_a_good_candidate_passes_every_rule():
     [
         ({"evaluator/gain_low": -0.01}, "better than SFT"),
         ({"evaluator/gain_low": 0.0}, "better than SFT"),
+        ({"prompts": 9.0}, "held-out prompts"),
         ({"length/policy": 136.0}, "length"),
         ({"length/policy": 59.0}, "length"),
         ({"length/policy": 0.0, "length/sft": 0.0}, "length"),
@@ -59,6 +63,7 @@ def test_each_rule_fails_alone(change, rule):
     "change",
     [
         {"evaluator/gain_low": 0.001},
+        {"prompts": 10.0},
         {"length/policy": 134.0},
         {"length/policy": 61.0},
         {"eos_rate/policy": 0.93},
@@ -77,6 +82,7 @@ def test_what_stays_within_the_margin_passes(change):
     ("gate", "rule"),
     [
         (GateConfig(min_gain=0.2), "better than SFT"),
+        (GateConfig(min_prompts=41), "held-out prompts"),
         (GateConfig(max_length_ratio=1.1), "length"),
         (GateConfig(max_eos_drop=0.01), "EOS rate"),
         (GateConfig(max_perplexity_ratio=1.05), "perplexity"),
@@ -101,9 +107,26 @@ def test_a_missing_metric_is_named():
     assert failing({}) == list(RULES)
 
 
+def test_without_over_refusal_the_remedy_is_named():
+    measured = {k: v for k, v in GOOD.items() if not k.startswith("over_refusal_rate")}
+    (missing,) = [r for r in judge(measured, GATE) if not r.passed]
+    assert missing.reason == (
+        "not measured: over_refusal_rate/policy, over_refusal_rate/sft. "
+        "Remedy: add held-out prompts tagged benign or borderline-but-fine"
+    )
+
+
+def test_a_gain_on_one_prompt_promotes_nobody():
+    """The bootstrap of one pair has no width: its interval lies above zero whenever the gain does."""
+    gain = paired_bootstrap([0.3], [0.1])
+    one = {"evaluator/gain": gain.value, "evaluator/gain_low": gain.low, "evaluator/gain_high": gain.high, "prompts": 1.0}
+    assert failing(GOOD | one) == ["held-out prompts"]
+
+
 def test_the_reason_says_the_numbers():
     reasons = {r.name: r.reason for r in judge(GOOD, GATE)}
     assert all(text in reasons["better than SFT"] for text in ("+0.500", "+0.200", "+0.800"))
+    assert all(text in reasons["held-out prompts"] for text in ("40", "10"))
     assert all(text in reasons["length"] for text in ("100.0", "90.0", "1.5"))
     assert all(text in reasons["EOS rate"] for text in ("95%", "97%", "5%"))
     assert all(text in reasons["perplexity"] for text in ("11.00", "10.00", "1.15"))

@@ -2,7 +2,9 @@
 
 import math
 import random
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from alignment.statistics import paired_bootstrap, wilson
@@ -65,6 +67,26 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         _, low, high = paired_bootstrap(a, [0.0] * 60, resamples=800, seed=trial)
         hits += low <= 0.5 <= high
     assert 0.90 <= hits / 300 <= 0.98
+
+
+# 1499 and 1501 pairs: several blocks, each of an odd and of an even count of draws, which the generator makes two at a time.
+@pytest.mark.parametrize(("pairs", "resamples"), [(1, 10_000), (67, 10_000), (1499, 1500), (1501, 1500), (1_100_000, 3)])
+def test_block_by_block_the_resamples_are_those_of_one_matrix(pairs, resamples):
+    difference = np.random.default_rng(1).normal(size=pairs)
+    means = difference[np.random.default_rng(3).integers(0, pairs, size=(resamples, pairs))].mean(axis=1)
+    _, low, high = paired_bootstrap(difference, np.zeros(pairs), resamples, seed=3)
+    assert (low, high) == tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def test_memory_is_bounded_however_many_pairs_there_are():
+    difference = np.random.default_rng(1).normal(size=100_000)
+    tracemalloc.start()
+    try:
+        paired_bootstrap(difference, np.zeros(100_000), resamples=200)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6  # 160 MB of indices alone, if all were drawn at once
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], []), ([1.0, 2.0], [1.0])])
