@@ -107,7 +107,9 @@ class Answerer(Protocol):
         """
         ...
 
-    def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[list[float] | None]:
+    def choose(
+        self, conversations: Sequence[Conversation], options: Sequence[str], *, log: Log = SILENT
+    ) -> list[list[float] | None]:
         """For every conversation, the probability of each option as the answer's beginning, normalised over the options.
 
         None where it cannot be told: a missing value, never a guess.
@@ -138,7 +140,7 @@ class LocalAnswerer:
         given |= {"log": log, "what": what}
         return generate(self._model, self._tokenizer, conversations, settings, **given)
 
-    def choose(self, conversations, options) -> list[list[float] | None]:
+    def choose(self, conversations, options, *, log=SILENT) -> list[list[float] | None]:
         """See `Answerer.choose`: from the log-probabilities of whole options, which may be several tokens long.
 
         A conversation that is longer than the model can read is one of which it cannot be told.

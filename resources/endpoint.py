@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -87,10 +87,17 @@ class EndpointAnswerer:
         _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, what)
         return [out[i] for i in range(len(payloads))]
 
-    def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[list[float] | None]:
+    def choose(
+        self, conversations: Sequence[Conversation], options: Sequence[str], *, log: Log = SILENT
+    ) -> list[list[float] | None]:
         """See `Answerer.choose`: from the most likely first tokens, where the server tells them.
 
-        An option's probability is that of the first tokens it alone begins with.
+        An option's probability is that of the first tokens it alone begins with. A conversation that the server refuses for its
+        own text (too long, a content filter) is one of which it cannot be told. A server that refuses the log-probabilities is
+        asked no more; so is one that refuses with 400 or 422 without a word, since they are all that is unusual in the request.
+
+        Raises:
+            EndpointError: as `answer`; a request refused for any other reason is such an error, with the server's words.
         """
         out: list[list[float] | None] = [None] * len(conversations)
         if not self._tells_log_probs:
@@ -112,9 +119,10 @@ class EndpointAnswerer:
             out[i] = option_probabilities(answer["logprobs"], options) if answer["logprobs"] else None
 
         try:
-            _Exchange(self._settings, self._cache, self._budget).run(payloads, done, SILENT, "choices")
-        except _LogProbsRefused:
+            _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, "choices")
+        except _NoLogProbs as error:
             self._tells_log_probs = False
+            log.say(f"choices: {self._settings.model} tells no log-probabilities, and is asked for no more choices: {error}")
         return out
 
     def probability(self, conversations: Sequence[Conversation], answer: str) -> list[float] | None:
@@ -160,18 +168,26 @@ class _Stopped(Exception):
         self.reason, self.remedy = reason, remedy
 
 
-class _LogProbsRefused(Exception):
-    """The server knows no `logprobs`."""
+class _NoLogProbs(Exception):
+    """The server tells no log-probabilities; holds its words."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A request without an answer. `wait`: seconds the server asked for."""
+    """A request without an answer. `wait`: seconds the server asked for; `refused`: what of the request it does not take."""
 
     reason: str
     again: bool
     wait: float | None = None
     status: int | None = None
+    refused: Literal["text", "logprobs"] | None = None
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A request that is refused for its own text. Not kept: a server with another context length, or filter, may answer it."""
+
+    reason: str
 
 
 class _Exchange:
@@ -200,7 +216,7 @@ class _Exchange:
             return
         paid_before = self._budget.tokens
         progress = Progress(log, what, len(todo))
-        answered, stopped = len(known), None
+        answered, refused, stopped = len(known), 0, None
         with self._client() as client, ThreadPoolExecutor(self._settings.concurrency) as pool:
             try:
                 pending = {pool.submit(self._ask, client, keys[i], payloads[i]): i for i in todo}
@@ -209,13 +225,17 @@ class _Exchange:
                     self._say_news(log, what)
                     for future in finished:
                         i, error = pending.pop(future), future.exception()
-                        if error is None:
-                            if future.result() is not None:
-                                answered += 1
-                                done(i, future.result())
-                                progress.advance(1)
-                        else:  # those under way are waited for: they are paid for
+                        if error is not None:  # those under way are waited for: they are paid for
                             stopped = stopped or error
+                        elif isinstance(answer := future.result(), _Refused):
+                            refused += 1
+                            text = _beginning(payloads[i])
+                            log.say(f"{what}: warning: {self._settings.model} refuses {text!r}...: {answer.reason}")
+                            progress.advance(1)
+                        elif answer is not None:
+                            answered += 1
+                            done(i, answer)
+                            progress.advance(1)
             finally:
                 self._over.set()
         self._say_news(log, what)
@@ -227,13 +247,15 @@ class _Exchange:
         if stopped is not None:
             raise stopped
         cost = f", {self._budget.cost:.4g} spent so far" if self._budget.cost else ""
-        log.say(f"{what}: {len(todo)} answers of {self._settings.model} for {self._budget.tokens - paid_before} tokens{cost}")
+        others = f", {refused} refused" if refused else ""
+        tokens = self._budget.tokens - paid_before
+        log.say(f"{what}: {len(todo) - refused} answers of {self._settings.model} for {tokens} tokens{cost}{others}")
 
     def _say_news(self, log: Log, what: str) -> None:
         while not self._news.empty():
             log.say(f"{what}: {self._news.get()}")
 
-    def _ask(self, client: OpenAI, key: str, payload: dict[str, Any]) -> dict[str, Any] | None:
+    def _ask(self, client: OpenAI, key: str, payload: dict[str, Any]) -> dict[str, Any] | _Refused | None:
         # In a thread of the pool. None when another request ended the run.
         if self._over.is_set():
             return None
@@ -245,15 +267,16 @@ class _Exchange:
                     answer = self._answer(client, payload)
                     if answer is None:
                         return None
-                    self._cache.put(key, answer)
-                    self._budget.add(answer["prompt_tokens"], answer["completion_tokens"])
+                    if not isinstance(answer, _Refused):
+                        self._cache.put(key, answer)
+                        self._budget.add(answer["prompt_tokens"], answer["completion_tokens"])
         except BaseException:
             self._over.set()  # here, before this thread takes up the next request
             raise
         self._cache.unlock(key)
         return answer
 
-    def _answer(self, client: OpenAI, payload: dict[str, Any]) -> dict[str, Any] | None:
+    def _answer(self, client: OpenAI, payload: dict[str, Any]) -> dict[str, Any] | _Refused | None:
         attempts = self._settings.retries + 1
         for attempt in range(1, attempts + 1):
             self._over.wait(max(0.0, self._quiet_until - time.monotonic()))
@@ -262,8 +285,10 @@ class _Exchange:
             answer = self._attempt(client, payload)
             if not isinstance(answer, _Failure):
                 return answer
-            if answer.status in (400, 422) and "logprobs" in payload:
-                raise _LogProbsRefused
+            if answer.refused == "text" and "logprobs" in payload:
+                return _Refused(answer.reason)
+            if answer.refused == "logprobs" and "logprobs" in payload:
+                raise _NoLogProbs(answer.reason)
             if not answer.again:
                 raise _Stopped(answer.reason, _REMEDIES.get(answer.status or 0, "correct the settings of this answerer"))
             if attempt == attempts:
@@ -330,7 +355,11 @@ class _Exchange:
         reason = self._scrubbed(f"HTTP {status}" + (f" ({str(detail)[:300]})" if detail else ""))
         spent = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # told as 429, but waiting does not help
         return _Failure(
-            reason, again=not spent and (status in (408, 409, 429) or status >= 500), wait=_retry_after(headers), status=status
+            reason,
+            again=not spent and (status in (408, 409, 429) or status >= 500),
+            wait=_retry_after(headers),
+            status=status,
+            refused=_what_is_refused(body) if status in (400, 422) else None,
         )
 
     def _scrubbed(self, text: str, least: int = 1) -> str:
@@ -360,6 +389,34 @@ _REMEDIES = {
     404: "correct base_url (with its version path, such as /v1) or model",
     429: "raise the account's limits, or lower concurrency",
 }
+
+
+# How servers say that a request's own text is why it is refused, in small letters.
+_TOO_LONG = ("context length", "context_length", "context size", "context window", "model length", "prompt is too long")
+_FILTERED = ("content_filter", "content filter", "content_policy", "content policy", "content management policy", "usage polic")
+
+
+def _what_is_refused(body: Any) -> Literal["text", "logprobs"] | None:
+    said = _complaint(body).lower()
+    if any(sign in said for sign in _TOO_LONG + _FILTERED):
+        return "text"
+    return "logprobs" if "logprob" in said or not said else None
+
+
+def _complaint(body: Any) -> str:
+    # Without what it repeats of the request, such as FastAPI's `input`: that names `logprobs` whatever is wrong.
+    if not isinstance(body, dict):
+        return str(body or "")
+    detail = body.get("detail") or []
+    said = [body.get(name) for name in ("message", "param", "code")] + (detail if isinstance(detail, list) else [detail])
+    said = [{k: v for k, v in part.items() if k != "input"} if isinstance(part, dict) else part for part in said]
+    return " ".join(str(part) for part in said if part and not isinstance(part, int))
+
+
+def _beginning(payload: Mapping[str, Any], most: int = 60) -> str:
+    # Of the longer of the last two user turns: a revision or a verdict is asked for in a short one after that with the prompt.
+    said = [" ".join(message["content"].split()) for message in payload["messages"] if message["role"] == "user"]
+    return max(said[-2:], key=len)[:most]
 
 
 class _Cache:

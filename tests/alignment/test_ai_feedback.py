@@ -74,7 +74,7 @@ class Judge:
         self.seeds += seeds
         return told(keep, [Completion(self.reasoning, 2, True) for _ in conversations])
 
-    def choose(self, conversations, options):
+    def choose(self, conversations, options, *, log=None):
         assert tuple(options) == OPTIONS
         self.asked += conversations
         chosen = [self.p(*shown(c)) for c in conversations]
@@ -96,7 +96,7 @@ class Writer:
         self.asked += conversations
         return told(keep, [self.answers[i % 2] for i in range(len(conversations))])
 
-    def choose(self, conversations, options):
+    def choose(self, conversations, options, *, log=None):
         raise AssertionError("the policy judges nothing")
 
     probability = choose

@@ -188,7 +188,7 @@ class Says:
             keep(i, completion)
         return out
 
-    def choose(self, conversations, options):
+    def choose(self, conversations, options, *, log=None):
         return [None] * len(conversations)
 
     def probability(self, conversations, answer):

@@ -354,10 +354,67 @@ def test_where_the_server_tells_no_probabilities_choices_are_missing(answerer):
     with ChatServer() as server:
         assert answerer(server).choose(CONVERSATIONS[:3], ["A", "B"]) == [None] * 3
         assert answerer(server).probability(CONVERSATIONS, "A") is None
-    with ChatServer(refusing(422)) as server:
-        refused = answerer(server, cache="other", concurrency=1)
-        assert refused.choose(CONVERSATIONS[:3], ["A", "B"]) == [None] * 3
-        assert refused.choose(CONVERSATIONS[3:5], ["A", "B"]) == [None] * 2
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [
+        lambda payload: (400, {"error": {"message": "LogProbs are not supported", "code": None}}),
+        lambda payload: (400, {"error": {"message": "unsupported", "param": "logprobs", "code": 400}}),
+        lambda payload: (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "logprobs"], "msg": "Extra"}]}),
+        lambda payload: (422, {}),
+    ],
+    ids=["message", "param", "detail", "without a word"],
+)
+def test_a_server_that_refuses_log_probabilities_is_asked_for_no_more_choices(answerer, upstream):
+    with ChatServer(upstream) as server:
+        said, judge = [], answerer(server, concurrency=1)
+        log = Log(say=said.append)
+        assert judge.choose(CONVERSATIONS[:3], ["A", "B"], log=log) == [None] * 3
+        assert judge.choose(CONVERSATIONS[3:5], ["A", "B"], log=log) == [None] * 2
+        assert server.asked.total() == 1
+        (line,) = said
+        assert line.startswith("choices: m tells no log-probabilities, and is asked for no more choices: HTTP 4")
+
+
+TOO_LONG = (400, {"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}})
+REFUSALS = [
+    TOO_LONG,
+    (400, {"error": {"message": "Too much.", "code": "context_length_exceeded", "param": "messages"}}),
+    (400, {"error": {"message": "The response was filtered.", "code": "content_filter", "param": "prompt"}}),
+    (400, {"error": {"message": "No.", "code": "content_policy_violation"}}),
+    (422, {"detail": "the request exceeds the available context size"}),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_a_question_that_is_refused_for_its_own_text_is_the_only_choice_that_is_missing(answerer, refusal):
+    def picky(payload):
+        return refusal if payload["messages"] == CONVERSATIONS[1] else telling([("A", -0.5), ("B", -0.5)])(payload)
+
+    with ChatServer(picky, faults=["429", None]) as server:
+        said = []
+        choices = answerer(server, concurrency=1).choose(CONVERSATIONS[:3], ["A", "B"], log=Log(say=said.append))
+        assert choices == [[0.5, 0.5], None, [0.5, 0.5]]
+        assert server.asked.total() == 5
+    (warning,) = [line for line in said if "warning" in line]
+    assert warning.startswith(f"choices: warning: m refuses 'Question 1: größer?'...: HTTP {refusal[0]}")
+    assert any("HTTP 429" in line and "repeating it in" in line for line in said)
+    assert said[-1] == "choices: 2 answers of m for 22 tokens, 1 refused"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (400, {"error": {"message": "Unsupported parameter: use max_completion_tokens.", "param": "max_tokens"}}),
+        (422, {"detail": [{"loc": ["body", "user"], "msg": "use max_completion_tokens", "input": {"logprobs": True}}]}),
+    ],
+    ids=["openai", "fastapi"],
+)
+def test_a_choice_refused_for_another_reason_is_an_error_with_the_servers_words(answerer, refusal):
+    with ChatServer(lambda payload: refusal) as server:
+        with pytest.raises(EndpointError, match=r"choices: m at .*HTTP 4.*use max_completion_tokens.*Remedy: correct"):
+            answerer(server, concurrency=1).choose(CONVERSATIONS[:3], ["A", "B"])
         assert server.asked.total() == 1
 
 
