@@ -279,6 +279,8 @@ def judge_in_both_orders(
         reasoning: how its chain of thought is sampled; None: it is asked for its choice at once.
         seed: of the reasoning, together with the case's id.
     """
+    if not judge.chooses:  # no reasoning is bought for a choice that cannot be told
+        return [None] * len(cases)
     orders = [(c, first, second) for c in cases for first, second in ((c.a, c.b), (c.b, c.a))]
     asked = [
         [_user(comparison_request(c.conversation, first, second, c.principle, reasoning=reasoning is not None))]

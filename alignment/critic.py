@@ -85,6 +85,11 @@ class Answerer(Protocol):
 
     identity: str
 
+    @property
+    def chooses(self) -> bool:
+        """False once it is known that `choose` can tell nothing, whatever it is asked."""
+        ...
+
     def answer(
         self,
         conversations: Sequence[Conversation],
@@ -123,6 +128,8 @@ class Answerer(Protocol):
 
 class LocalAnswerer:
     """A model in this process."""
+
+    chooses = True
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: str = "local", batch_size: int = 32
@@ -178,6 +185,11 @@ class KeptAnswers:
         self.choose, self.probability = answerer.choose, answerer.probability
         self._answerer, self._path = answerer, path
         self._known = dict(read_whole_lines(path, _kept))
+
+    @property
+    def chooses(self) -> bool:
+        """See `Answerer.chooses`."""
+        return self._answerer.chooses
 
     def answer(
         self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=SILENT, what="sampling"

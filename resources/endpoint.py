@@ -55,7 +55,12 @@ class EndpointAnswerer:
         self.identity = f"endpoint:{settings.model}"
         self._settings, self._cache = settings, _Cache(cache)
         self._budget = _Budget(settings, ledger)
-        self._tells_log_probs = True
+        self._tells_log_probs: bool | None = None  # None: not known yet
+
+    @property
+    def chooses(self) -> bool:
+        """See `Answerer.chooses`: not once the server is known to tell no log-probabilities."""
+        return self._tells_log_probs is not False
 
     def answer(
         self,
@@ -93,14 +98,15 @@ class EndpointAnswerer:
         """See `Answerer.choose`: from the most likely first tokens, where the server tells them.
 
         An option's probability is that of the first tokens it alone begins with. A conversation that the server refuses for its
-        own text (too long, a content filter) is one of which it cannot be told. A server that refuses the log-probabilities is
-        asked no more; so is one that refuses with 400 or 422 without a word, since they are all that is unusual in the request.
+        own text (too long, a content filter) is one of which it cannot be told. A server that refuses the log-probabilities, or
+        leaves them out of its first answer with a text, is asked no more; so is one that refuses with 400 or 422 and no word:
+        they are all that is unusual in the request.
 
         Raises:
             EndpointError: as `answer`; a request refused for any other reason is such an error, with the server's words.
         """
         out: list[list[float] | None] = [None] * len(conversations)
-        if not self._tells_log_probs:
+        if not self.chooses:
             return out
         payloads = [
             {
@@ -119,7 +125,7 @@ class EndpointAnswerer:
             out[i] = option_probabilities(answer["logprobs"], options) if answer["logprobs"] else None
 
         try:
-            _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, "choices")
+            _Exchange(self._settings, self._cache, self._budget, self._learn).run(payloads, done, log, "choices")
         except _NoLogProbs as error:
             self._tells_log_probs = False
             log.say(f"choices: {self._settings.model} tells no log-probabilities, and is asked for no more choices: {error}")
@@ -128,6 +134,13 @@ class EndpointAnswerer:
     def probability(self, conversations: Sequence[Conversation], answer: str) -> list[float] | None:
         """See `Answerer.probability`: a server does not tell."""
         return None
+
+    def _learn(self, choice: Mapping[str, Any]) -> None:
+        # An empty text has no first token to tell of.
+        if choice["logprobs"]:
+            self._tells_log_probs = True
+        elif choice["text"] and self._tells_log_probs is None:
+            raise _NoLogProbs("its answer is without them")
 
     def _payload(self, conversation: Conversation, settings: SamplingSettings, seed: int) -> dict[str, Any]:
         payload = {
@@ -191,10 +204,20 @@ class _Refused:
 
 
 class _Exchange:
-    """Sends some requests, several at once, until all are answered or one ends the run."""
+    """Sends some requests, several at once, until all are answered or one ends the run.
 
-    def __init__(self, settings: AnswererSettings, cache: _Cache, budget: _Budget) -> None:
-        self._settings, self._cache, self._budget = settings, cache, budget
+    Args:
+        check: told of every answer of the server before the next is asked for; what it raises ends the run.
+    """
+
+    def __init__(
+        self,
+        settings: AnswererSettings,
+        cache: _Cache,
+        budget: _Budget,
+        check: Callable[[Mapping[str, Any]], None] = lambda answer: None,
+    ) -> None:
+        self._settings, self._cache, self._budget, self._check = settings, cache, budget, check
         self._key = os.environ.get(settings.api_key_env, "").strip()
         self._address = settings.base_url
         self._over = threading.Event()
@@ -206,7 +229,7 @@ class _Exchange:
     ) -> None:
         """`done(i, answer)` for every request, from this thread, as the answers come in."""
         keys = [answer_key(payload) for payload in payloads]
-        known = {i: answer for i, key in enumerate(keys) if (answer := self._cache.get(key)) is not None}
+        known = {i: answer for i, key in enumerate(keys) if (answer := self._kept(key, payloads[i])) is not None}
         for i, answer in known.items():
             done(i, answer)
         todo = [i for i in range(len(payloads)) if i not in known]
@@ -261,20 +284,26 @@ class _Exchange:
             return None
         try:
             with self._cache.lock(key):
-                answer = self._cache.get(key)  # another process may have asked meanwhile
+                answer = self._kept(key, payload)  # another process may have asked meanwhile
                 if answer is None:
                     self._budget.check()
                     answer = self._answer(client, payload)
                     if answer is None:
                         return None
                     if not isinstance(answer, _Refused):
-                        self._cache.put(key, answer)
+                        if _is_whole(answer, payload):
+                            self._cache.put(key, answer)
                         self._budget.add(answer["prompt_tokens"], answer["completion_tokens"])
+                        self._check(answer)
         except BaseException:
             self._over.set()  # here, before this thread takes up the next request
             raise
         self._cache.unlock(key)
         return answer
+
+    def _kept(self, key: str, payload: dict[str, Any]) -> dict[str, Any] | None:
+        answer = self._cache.get(key)
+        return answer if answer is not None and _is_whole(answer, payload) else None
 
     def _answer(self, client: OpenAI, payload: dict[str, Any]) -> dict[str, Any] | _Refused | None:
         attempts = self._settings.retries + 1
@@ -411,6 +440,11 @@ def _complaint(body: Any) -> str:
     said = [body.get(name) for name in ("message", "param", "code")] + (detail if isinstance(detail, list) else [detail])
     said = [{k: v for k, v in part.items() if k != "input"} if isinstance(part, dict) else part for part in said]
     return " ".join(str(part) for part in said if part and not isinstance(part, int))
+
+
+def _is_whole(answer: Mapping[str, Any], payload: Mapping[str, Any]) -> bool:
+    # Not where log-probabilities were asked for and left out: the key has no address, and another server may tell them.
+    return "logprobs" not in payload or bool(answer["logprobs"])
 
 
 def _beginning(payload: Mapping[str, Any], most: int = 60) -> str:

@@ -177,6 +177,7 @@ class Says:
     """A critic behind an endpoint: it tells no probabilities, and says this."""
 
     identity = "says"
+    chooses = False
 
     def __init__(self, critique):
         self.critique, self.asked = critique, []

@@ -350,10 +350,48 @@ def test_choices_are_read_from_the_first_tokens(answerer):
         assert server.asked.total() == 2
 
 
-def test_where_the_server_tells_no_probabilities_choices_are_missing(answerer):
+def test_a_server_that_leaves_log_probabilities_out_is_asked_for_no_more_choices(answerer):
     with ChatServer() as server:
-        assert answerer(server).choose(CONVERSATIONS[:3], ["A", "B"]) == [None] * 3
-        assert answerer(server).probability(CONVERSATIONS, "A") is None
+        said, judge = [], answerer(server, concurrency=1)
+        assert judge.chooses
+        for asked in (CONVERSATIONS[:3], CONVERSATIONS[3:5]):
+            assert judge.choose(asked, ["A", "B"], log=Log(say=said.append)) == [None] * len(asked)
+        assert not judge.chooses
+        assert judge.probability(CONVERSATIONS, "A") is None
+        assert server.asked.total() == 1
+    (line,) = [line for line in said if "tells no log-probabilities" in line]
+    assert line.endswith("m tells no log-probabilities, and is asked for no more choices: its answer is without them")
+
+
+def test_an_answer_without_log_probabilities_is_paid_for_and_not_read_back_from_the_cache(answerer, tmp_path):
+    with ChatServer() as without:
+        answerer(without, concurrency=1, ledger="paid.jsonl").choose(CONVERSATIONS[:1], ["A", "B"])
+        (paid,) = (tmp_path / "paid.jsonl").read_text().splitlines()
+        assert json.loads(paid) == {"prompt": 10, "completion": 1}
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    with ChatServer(telling([("A", -0.5), ("B", -0.5)])) as server:
+        moved = answerer(server)
+        assert moved.choose(CONVERSATIONS[:1], ["A", "B"]) == [[0.5, 0.5]]
+        (kept,) = (tmp_path / "cache").rglob("*.json")
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "logprobs": []}))  # as older versions kept it
+        assert moved.choose(CONVERSATIONS[:1], ["A", "B"]) == [[0.5, 0.5]]
+        assert server.asked.total() == 2
+
+
+def test_one_answer_without_log_probabilities_is_a_missing_value_where_others_have_them(answerer):
+    telling_now = telling([("A", -0.5), ("B", -0.5)])
+
+    def mixed(payload):
+        return completion("A", "length", 1) if payload["messages"] == CONVERSATIONS[1] else telling_now(payload)
+
+    with ChatServer(mixed) as server:
+        judge = answerer(server, concurrency=1)
+        assert judge.choose(CONVERSATIONS[:3], ["A", "B"]) == [[0.5, 0.5], None, [0.5, 0.5]]
+        assert judge.chooses
+    with ChatServer(lambda payload: completion("", "stop", 1)) as silent:
+        judge = answerer(silent, cache="other")
+        assert judge.choose(CONVERSATIONS[:1], ["A", "B"]) == [None]
+        assert judge.chooses
 
 
 @pytest.mark.parametrize(
