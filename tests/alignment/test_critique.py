@@ -226,7 +226,15 @@ def test_after_a_round_that_declined_the_filters_still_choose_among_the_candidat
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
 @pytest.mark.parametrize(
     ("critique", "revised"),
-    [("No violations found.", False), (" no violations FOUND", False), ("It insults. No violations found elsewhere.", True)],
+    [
+        ("No violations found.", False),
+        (" no violations FOUND", False),
+        ('"No violations found."', False),
+        ("**No violations found.**", False),
+        ("\n - _No violations found_", False),
+        ("It insults. No violations found elsewhere.", True),
+        ("- Not kind.", True),
+    ],
 )
 def test_a_critic_without_probabilities_finds_nothing_where_it_says_so(model, tokenizer, tmp_path, critique, revised, threshold):
     critic = Says(critique)
