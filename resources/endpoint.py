@@ -372,7 +372,7 @@ class _Exchange:
         except (AttributeError, IndexError, KeyError, TypeError):
             return _Failure("an answer that is no chat completion", again=True)
         return {
-            "text": self._scrubbed(text, least=16).strip(),
+            "text": self._scrubbed(text, least=16).replace("\0", "").strip(),  # no reader of text takes NUL back
             "finish_reason": choice.get("finish_reason"),
             "prompt_tokens": usage.get("prompt_tokens"),
             "completion_tokens": usage.get("completion_tokens"),

@@ -88,6 +88,11 @@ def test_an_answer_cut_at_the_limit_has_not_ended(answerer):
         assert (answer.tokens, answer.ended) == (5, False)
 
 
+def test_an_answer_holds_no_nul_characters(answerer):
+    with ChatServer(lambda payload: completion("\0 a\0b \0")) as server:
+        assert [a.text for a in ask(answerer(server), CONVERSATIONS[:1])] == ["ab"]
+
+
 def test_what_the_server_understands_is_a_setting(answerer):
     with ChatServer() as server:
         ask(answerer(server, limit_key="max_completion_tokens", extended_sampling=True), CONVERSATIONS[:1])
