@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from alignment.chat import prompt_ids
 from alignment.context_length import position_limit
@@ -22,7 +24,7 @@ from alignment.fingerprint import identity, layout
 from alignment.finished import read_whole_lines
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import answer_log_probs, first_token_log_probs
-from alignment.models import Config
+from alignment.models import NEVER_SHOWN, Config
 from alignment.prefixes import Prefixes
 from alignment.progress import SILENT, Log
 
@@ -47,9 +49,7 @@ class AnswererSettings(Config):
         False, description="Send top_k and repetition_penalty too; vLLM knows them, OpenAI's own servers refuse them"
     )
     base_url: str = Field("https://api.openai.com/v1", **layout("The endpoint's address, with its version path"))
-    api_key_env: str = Field(
-        "OPENAI_API_KEY", pattern=r"^[A-Za-z_]\w*$", **layout("Environment variable that holds the key; never the key itself")
-    )
+    api_key_env: str = Field("OPENAI_API_KEY", **layout("Environment variable that holds the key; never the key itself"))
     limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", **layout("What the endpoint calls the limit of new tokens; OpenAI's reasoning models want the longer one")
     )
@@ -63,6 +63,13 @@ class AnswererSettings(Config):
     max_cost: float = Field(0.0, ge=0, **layout("The run ends when its answers have cost this much; 0: no limit"))
     price_prompt: float = Field(0.0, ge=0, **layout("Price of a million prompt tokens, in the currency of max_cost"))
     price_completion: float = Field(0.0, ge=0, **layout("Price of a million completion tokens"))
+
+    @field_validator("api_key_env", mode="before")
+    @classmethod
+    def _no_key(cls, value: Any) -> Any:
+        if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*", value):
+            raise PydanticCustomError(NEVER_SHOWN, "must be the name of an environment variable, never the key itself")
+        return value
 
     @model_validator(mode="after")
     def _complete(self) -> AnswererSettings:

@@ -25,6 +25,7 @@ from alignment.fingerprint import identity
 from alignment.generation import Completion, SamplingSettings
 from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer
 from alignment.progress import Log
+from alignment.recipes import Recipe, RecipeError
 from alignment.records import Prompt
 from alignment.tiny_model import build_tiny_model
 from resources.endpoint import EndpointAnswerer, EndpointError, option_probabilities
@@ -125,16 +126,26 @@ def test_address_and_layout_decide_nothing_and_the_model_does():
     ("settings", "names"),
     [
         ({"model": ""}, "model: name the model"),
+        ({"model": "", "base_url": "http://me:secret@host/v1"}, "model: name the model"),
         ({"base_url": "http://me:secret@host/v1"}, "base_url: must hold no password"),
         ({"base_url": "https://host/v1?key=secret"}, "base_url: must hold no password"),
+        ({"base_url": ["https://host/v1?key=secret"]}, "base_url"),
         ({"base_url": "host:8000"}, "base_url: must begin with http"),
-        ({"api_key_env": "sk-abc"}, "api_key_env"),
+        ({"api_key_env": "sk-abc-secret"}, "api_key_env"),
+        ({"api_key_env": ["sk-abc-secret"]}, "api_key_env"),
+        ({"api_key": "sk-abc-secret"}, "api_key"),
         ({"max_cost": 1.0}, "max_cost: needs price_prompt"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, names):
-    with pytest.raises(ValidationError, match=names):
-        AnswererSettings(**{"kind": "endpoint", "model": "m", **settings})
+    given = {"kind": "endpoint", "model": "m", **settings}
+    recipe = Recipe(Path("r.yaml"), {"stage": {"critic": given}})
+    for make in (lambda: AnswererSettings(**given), lambda: recipe.config("stage", CritiqueConfig)):
+        with pytest.raises((ValidationError, RecipeError)) as error:
+            make()
+        for told in (str(error.value), "".join(traceback.format_exception(error.value))):
+            assert "secret" not in told
+            assert names in told
 
 
 # --- Faults -----------------------------------------------------------------------------------------------------------
