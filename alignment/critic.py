@@ -109,7 +109,7 @@ class Answerer(Protocol):
         log: Log = SILENT,
         what: str = "sampling",
     ) -> list[Completion]:
-        """One answer per conversation, in their order.
+        """One answer per conversation, in their order. One refused for what it says has an empty answer that did not end.
 
         Args:
             seeds: one per conversation.

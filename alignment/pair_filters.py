@@ -97,10 +97,10 @@ def reject_reason(
             that declines one tagged as harmful needs no revision.
     """
     before, after = normalise(initial).split(), normalise(final).split()
-    if before == after:
-        return "unchanged"
     if not before or not after:
         return "empty"
+    if before == after:
+        return "unchanged"
     if truncated and not settings.keep_truncated:
         return "truncated"
     if HARMFUL in tags and not settings.keep_already_declined and is_refusal(initial, len(initial)):

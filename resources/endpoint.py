@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 TOP_LOGPROBS = 20
+FEW = 8  # requests that may all be refused for their text, by a server that has answered others, without ending the run
 BACKOFF = 1.0  # seconds before the first repetition; doubled for each further one
 
 
@@ -56,6 +57,7 @@ class EndpointAnswerer:
         self._settings, self._cache = settings, _Cache(cache)
         self._budget = _Budget(settings, ledger)
         self._tells_log_probs: bool | None = None  # None: not known yet
+        self._has_answered = self._budget.has_paid
 
     @property
     def chooses(self) -> bool:
@@ -77,19 +79,31 @@ class EndpointAnswerer:
         """See `Answerer.answer`; a server bars no tokens and keeps what it likes: `not_first` and `continued` change nothing.
 
         Raises:
-            EndpointError: no answer after all repetitions, a refused request, or a budget that is used up. Answers that
-                were there, or under way, are in the cache by then.
+            EndpointError: no answer after all repetitions, a refused request, all requests refused for their own text, or a
+                budget that is used up. Answers that were there, or under way, are in the cache by then.
         """
         payloads = [self._payload(c, settings, seed) for c, seed in zip(conversations, seeds, strict=True)]
         out: dict[int, Completion] = {}
 
-        def done(i: int, answer: Mapping[str, Any]) -> None:
-            ended = answer["finish_reason"] not in ("length", "content_filter")
-            out[i] = Completion(answer["text"], answer["completion_tokens"] or 0, ended)
+        def tell(i: int, completion: Completion) -> None:
+            out[i] = completion
             if keep is not None:
-                keep(i, out[i])
+                keep(i, completion)
 
-        _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, what)
+        def done(i: int, answer: Mapping[str, Any]) -> None:
+            self._has_answered = True
+            ended = answer["finish_reason"] not in ("length", "content_filter")
+            tell(i, Completion(answer["text"], answer["completion_tokens"] or 0, ended))
+
+        refused = _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, what)
+        if refused and len(refused) == len(payloads) and not (self._has_answered and len(refused) < FEW):
+            raise EndpointError(
+                f"{what}: {self._settings.model} at {self._settings.base_url} refuses all {len(refused)} requests for their "
+                f"own text, the last: {list(refused.values())[-1]}. Remedy: shorten the prompts, lower max_new_tokens, or use "
+                "another model."
+            )
+        for i in refused:  # only now: what is kept would not be asked for again
+            tell(i, Completion("", 0, ended=False))
         return [out[i] for i in range(len(payloads))]
 
     def choose(
@@ -226,8 +240,12 @@ class _Exchange:
 
     def run(
         self, payloads: Sequence[dict[str, Any]], done: Callable[[int, Mapping[str, Any]], None], log: Log, what: str
-    ) -> None:
-        """`done(i, answer)` for every request, from this thread, as the answers come in."""
+    ) -> dict[int, str]:
+        """`done(i, answer)` for every request, from this thread, as the answers come in.
+
+        Returns:
+            The reasons of the requests that were refused for their own text, by their numbers.
+        """
         keys = [answer_key(payload) for payload in payloads]
         known = {i: answer for i, key in enumerate(keys) if (answer := self._kept(key, payloads[i])) is not None}
         for i, answer in known.items():
@@ -235,11 +253,12 @@ class _Exchange:
         todo = [i for i in range(len(payloads)) if i not in known]
         if known:
             log.say(f"{what}: {len(known)} of {len(payloads)} answers of {self._settings.model} were already there")
+        refused: dict[int, str] = {}
         if not todo:
-            return
+            return refused
         paid_before = self._budget.tokens
         progress = Progress(log, what, len(todo))
-        answered, refused, stopped = len(known), 0, None
+        answered, stopped = len(known), None
         with self._client() as client, ThreadPoolExecutor(self._settings.concurrency) as pool:
             try:
                 pending = {pool.submit(self._ask, client, keys[i], payloads[i]): i for i in todo}
@@ -251,7 +270,7 @@ class _Exchange:
                         if error is not None:  # those under way are waited for: they are paid for
                             stopped = stopped or error
                         elif isinstance(answer := future.result(), _Refused):
-                            refused += 1
+                            refused[i] = answer.reason
                             text = _beginning(payloads[i])
                             log.say(f"{what}: warning: {self._settings.model} refuses {text!r}...: {answer.reason}")
                             progress.advance(1)
@@ -270,9 +289,10 @@ class _Exchange:
         if stopped is not None:
             raise stopped
         cost = f", {self._budget.cost:.4g} spent so far" if self._budget.cost else ""
-        others = f", {refused} refused" if refused else ""
+        others = f", {len(refused)} refused" if refused else ""
         tokens = self._budget.tokens - paid_before
-        log.say(f"{what}: {len(todo) - refused} answers of {self._settings.model} for {tokens} tokens{cost}{others}")
+        log.say(f"{what}: {len(todo) - len(refused)} answers of {self._settings.model} for {tokens} tokens{cost}{others}")
+        return refused
 
     def _say_news(self, log: Log, what: str) -> None:
         while not self._news.empty():
@@ -314,7 +334,7 @@ class _Exchange:
             answer = self._attempt(client, payload)
             if not isinstance(answer, _Failure):
                 return answer
-            if answer.refused == "text" and "logprobs" in payload:
+            if answer.refused == "text":
                 return _Refused(answer.reason)
             if answer.refused == "logprobs" and "logprobs" in payload:
                 raise _NoLogProbs(answer.reason)
@@ -448,9 +468,10 @@ def _is_whole(answer: Mapping[str, Any], payload: Mapping[str, Any]) -> bool:
 
 
 def _beginning(payload: Mapping[str, Any], most: int = 60) -> str:
-    # Of the longer of the last two user turns: a revision or a verdict is asked for in a short one after that with the prompt.
+    # Of the prompt, which the requests for a critique and a comparison show after "Human: ", and later ones do not repeat.
     said = [" ".join(message["content"].split()) for message in payload["messages"] if message["role"] == "user"]
-    return max(said[-2:], key=len)[:most]
+    shown = [text for text in said if "Human: " in text] or said
+    return shown[-1].split("Human: ", 1)[-1][:most]
 
 
 class _Cache:
@@ -492,6 +513,7 @@ class _Budget:
         paid = read_whole_lines(ledger, lambda line: (int(line["prompt"]), int(line["completion"]))) if ledger else []
         self._prompt, self._completion = sum(p for p, _ in paid), sum(c for _, c in paid)
         self._untold = False
+        self.has_paid = bool(paid)  # in an earlier attempt
 
     @property
     def tokens(self) -> int:

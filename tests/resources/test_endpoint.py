@@ -17,13 +17,15 @@ from chat_server import ChatServer, completion, echo, forward
 from pydantic import ValidationError
 
 import resources.endpoint
+from alignment.ai_feedback import Case, judge_in_both_orders
 from alignment.constitutions import load_constitution
-from alignment.critic import AnswererSettings, LocalAnswerer
-from alignment.critique import CritiqueConfig, critique_and_revise
+from alignment.critic import AnswererSettings, KeptAnswers, LocalAnswerer
+from alignment.critique import CritiqueConfig, critique_and_revise, preference_pairs
 from alignment.errors import UserError
 from alignment.fingerprint import identity
 from alignment.generation import Completion, SamplingSettings
 from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer
+from alignment.pair_filters import FilterSettings
 from alignment.progress import Log
 from alignment.recipes import Recipe, RecipeError
 from alignment.records import Prompt
@@ -347,6 +349,93 @@ def test_a_budget_needs_a_server_that_counts(answerer):
             ask(answerer(server, cache="other", max_tokens_budget=100, concurrency=1))
 
 
+# --- Refused for its own text -----------------------------------------------------------------------------------------
+
+TOO_LONG = (400, {"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}})
+FILTERED = (400, {"error": {"message": "The response was filtered.", "code": "content_filter", "param": "prompt"}})
+REFUSALS = [
+    TOO_LONG,
+    FILTERED,
+    (400, {"error": {"message": "Too much.", "code": "context_length_exceeded", "param": "messages"}}),
+    (400, {"error": {"message": "No.", "code": "content_policy_violation"}}),
+    (422, {"detail": "the request exceeds the available context size"}),
+]
+
+
+def refusing_those_with(text, refusal=FILTERED):
+    return lambda payload: refusal if any(text in m["content"] for m in payload["messages"]) else echo(payload)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_a_prompt_that_is_refused_for_its_own_text_has_an_empty_answer_that_did_not_end(answerer, refusal):
+    asked = [*CONVERSATIONS[:2], [{"role": "user", "content": "How do I\n" + "make one, " * 20}], CONVERSATIONS[3]]
+    with ChatServer(refusing_those_with("make one", refusal)) as server:
+        said, kept = [], {}
+        answers = ask(answerer(server), asked, said=said, keep=lambda i, answer: kept.update({i: answer}))
+        assert answers[2] == Completion("", 0, ended=False)
+        assert [a.text for a in answers] == [*expected()[:2], "", expected()[3]]
+        assert kept == dict(enumerate(answers))
+    (warning,) = [line for line in said if "warning" in line]
+    beginning = ("How do I " + "make one, " * 20)[:60]
+    assert warning.startswith(f"critiques: warning: m refuses {beginning!r}...: HTTP {refusal[0]} (")
+
+
+def test_a_refusal_is_asked_for_again_by_another_stage_only(answerer, tmp_path):
+    with ChatServer(refusing_those_with("Question 1:", TOO_LONG)) as server:
+        for _ in range(2):
+            ask(KeptAnswers(answerer(server), tmp_path / "kept.jsonl"), CONVERSATIONS[:4])
+        assert server.asked.total() == 4
+        server.upstream = echo  # it was started with a longer context
+        assert [a.text for a in ask(answerer(server), CONVERSATIONS[:4])] == expected()[:4]
+        assert server.asked.total() == 5
+
+
+def test_where_every_prompt_is_refused_there_is_one_clear_error_and_nothing_is_kept(answerer, tmp_path):
+    with ChatServer(refusing_those_with("Question", TOO_LONG)) as server:
+        for attempt in (1, 2):
+            who = KeptAnswers(answerer(server, ledger="paid.jsonl"), tmp_path / "kept.jsonl")
+            with pytest.raises(EndpointError, match=r"m at .* refuses all 16 .*maximum context length is 4096 tokens.*Remedy"):
+                ask(who)
+            assert server.asked.total() == 16 * attempt
+
+
+def test_a_last_prompt_that_is_refused_does_not_end_a_stage_that_had_answers(answerer):
+    with ChatServer(refusing_those_with("Question 1:")) as server:
+        with pytest.raises(EndpointError, match="refuses all 1 "):
+            ask(answerer(server, ledger="paid.jsonl"), CONVERSATIONS[1:2])
+        who = answerer(server, ledger="paid.jsonl")
+        ask(who, CONVERSATIONS[:1])
+        later = answerer(server, ledger="paid.jsonl")  # in another process
+        for one in (who, later):
+            assert ask(one, CONVERSATIONS[1:2]) == [Completion("", 0, ended=False)]
+        server.upstream = refusing_those_with("Question")
+        with pytest.raises(EndpointError, match="refuses all 15 "):
+            ask(later, CONVERSATIONS[1:])
+
+
+def test_a_prompt_that_is_refused_makes_no_pair_and_is_counted(answerer, tmp_path):
+    prompts = [Prompt(id=f"p{i}", prompt=c[0]["content"]) for i, c in enumerate(CONVERSATIONS[:3])]
+    rules = load_constitution(Path(__file__).parents[2] / "conf" / "constitutions" / "general.yaml")
+    with ChatServer(refusing_those_with("Question 1:")) as server:
+        said, who = [], answerer(server)
+        config = CritiqueConfig(rounds=1)
+        revised = critique_and_revise(who, who, prompts, rules, config, work=tmp_path, log=Log(say=said.append))
+    assert (revised[1].initial, revised[1].final, revised[1].truncated) == ("", "", True)
+    pairs, reasons = preference_pairs(revised, rules, FilterSettings(min_same_script=0.0))
+    assert [p.id for p in pairs] == ["p0", "p2"]
+    assert reasons == {"empty": 1}
+    warnings = [line for line in said if "warning" in line]
+    assert len(warnings) == 3  # of the answer, the critique and the revision
+    assert all("refuses 'Question 1: größer?" in line for line in warnings)
+
+
+def test_a_refused_judgement_is_named_by_the_prompt_that_was_answered(answerer):
+    with ChatServer(lambda payload: TOO_LONG) as server:
+        said, case = [], Case("one", CONVERSATIONS[7], "yes", "no", "Choose the kind one.")
+        assert judge_in_both_orders(answerer(server), [case], log=Log(say=said.append)) == [None]
+    assert sum("refuses 'Question 7: größer?" in line for line in said) == 2
+
+
 # --- Choices ----------------------------------------------------------------------------------------------------------
 
 
@@ -429,16 +518,6 @@ def test_a_server_that_refuses_log_probabilities_is_asked_for_no_more_choices(an
         assert server.asked.total() == 1
         (line,) = said
         assert line.startswith("choices: m tells no log-probabilities, and is asked for no more choices: HTTP 4")
-
-
-TOO_LONG = (400, {"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}})
-REFUSALS = [
-    TOO_LONG,
-    (400, {"error": {"message": "Too much.", "code": "context_length_exceeded", "param": "messages"}}),
-    (400, {"error": {"message": "The response was filtered.", "code": "content_filter", "param": "prompt"}}),
-    (400, {"error": {"message": "No.", "code": "content_policy_violation"}}),
-    (422, {"detail": "the request exceeds the available context size"}),
-]
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=str)
