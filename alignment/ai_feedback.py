@@ -279,6 +279,8 @@ def judge_in_both_orders(
         reasoning: how its chain of thought is sampled; None: it is asked for its choice at once.
         seed: of the reasoning, together with the case's id.
     """
+    if not judge.chooses:  # no reasoning is bought for a choice that cannot be told
+        return [None] * len(cases)
     orders = [(c, first, second) for c in cases for first, second in ((c.a, c.b), (c.b, c.a))]
     asked = [
         [_user(comparison_request(c.conversation, first, second, c.principle, reasoning=reasoning is not None))]
@@ -292,7 +294,7 @@ def judge_in_both_orders(
             [*turns, {"role": "assistant", "content": thought.text or "-"}, _user(verdict_request())]
             for turns, thought in zip(asked, thoughts, strict=True)
         ]
-    choices = judge.choose(asked, OPTIONS)
+    choices = judge.choose(asked, OPTIONS, log=log)
     out: list[Judgement | None] = []
     for i in range(0, len(choices), 2):
         one, other = choices[i : i + 2]
@@ -304,14 +306,14 @@ def judge_in_both_orders(
     return out
 
 
-def prefers_in_both_orders(judge: Answerer, cases: Sequence[Case]) -> list[bool | None]:
+def prefers_in_both_orders(judge: Answerer, cases: Sequence[Case], *, log: Log = SILENT) -> list[bool | None]:
     """Whether the judge prefers `a` to `b` whichever is shown first; None where it cannot be told."""
-    said = judge_in_both_orders(judge, cases)
+    said = judge_in_both_orders(judge, cases, log=log)
     return [None if j is None else j.a_first > 0.5 and j.a_second > 0.5 for j in said]
 
 
 def keep_preferred(
-    judge: Answerer, pairs: Sequence[PreferencePair], principles: Mapping[tuple[str, str], str]
+    judge: Answerer, pairs: Sequence[PreferencePair], principles: Mapping[tuple[str, str], str], *, log: Log = SILENT
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """The pairs whose chosen answer the judge prefers in both orders, and the others counted by reason.
 
@@ -320,7 +322,7 @@ def keep_preferred(
     """
     cases = [Case(p.id, p.prompt_messages, p.chosen, p.rejected, principles[p.id, p.prompt]) for p in pairs]
     kept, reasons = [], Counter()
-    for pair, prefers in zip(pairs, prefers_in_both_orders(judge, cases), strict=True):
+    for pair, prefers in zip(pairs, prefers_in_both_orders(judge, cases, log=log), strict=True):
         if prefers:
             kept.append(pair)
         else:

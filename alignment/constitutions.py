@@ -18,6 +18,7 @@
 Source of the method: Constitutional AI, arXiv 2212.08073, section 3.1.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,8 +115,8 @@ def load_constitution(path: Path) -> Constitution:
 
 
 def finds_nothing(critique: str) -> bool:
-    """Whether a critique's text says that there is nothing to criticise."""
-    return critique.strip().lower().startswith(NO_VIOLATIONS.lower())
+    """Whether a critique's text says that there is nothing to criticise, whatever quotes, asterisks or dashes it opens with."""
+    return re.sub(r"^[\W_]+", "", critique).lower().startswith(NO_VIOLATIONS.lower())
 
 
 def prompts_under(prompts: Sequence[Prompt], constitution: Constitution, further: Sequence[str]) -> list[Prompt]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from alignment.chat import prompt_ids
 from alignment.context_length import position_limit
@@ -22,7 +24,7 @@ from alignment.fingerprint import identity, layout
 from alignment.finished import read_whole_lines
 from alignment.generation import Completion, SamplingSettings, generate
 from alignment.likelihood import answer_log_probs, first_token_log_probs
-from alignment.models import Config
+from alignment.models import NEVER_SHOWN, Config
 from alignment.prefixes import Prefixes
 from alignment.progress import SILENT, Log
 
@@ -47,9 +49,7 @@ class AnswererSettings(Config):
         False, description="Send top_k and repetition_penalty too; vLLM knows them, OpenAI's own servers refuse them"
     )
     base_url: str = Field("https://api.openai.com/v1", **layout("The endpoint's address, with its version path"))
-    api_key_env: str = Field(
-        "OPENAI_API_KEY", pattern=r"^[A-Za-z_]\w*$", **layout("Environment variable that holds the key; never the key itself")
-    )
+    api_key_env: str = Field("OPENAI_API_KEY", **layout("Environment variable that holds the key; never the key itself"))
     limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", **layout("What the endpoint calls the limit of new tokens; OpenAI's reasoning models want the longer one")
     )
@@ -63,6 +63,13 @@ class AnswererSettings(Config):
     max_cost: float = Field(0.0, ge=0, **layout("The run ends when its answers have cost this much; 0: no limit"))
     price_prompt: float = Field(0.0, ge=0, **layout("Price of a million prompt tokens, in the currency of max_cost"))
     price_completion: float = Field(0.0, ge=0, **layout("Price of a million completion tokens"))
+
+    @field_validator("api_key_env", mode="before")
+    @classmethod
+    def _no_key(cls, value: Any) -> Any:
+        if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_]\w*", value):
+            raise PydanticCustomError(NEVER_SHOWN, "must be the name of an environment variable, never the key itself")
+        return value
 
     @model_validator(mode="after")
     def _complete(self) -> AnswererSettings:
@@ -85,6 +92,11 @@ class Answerer(Protocol):
 
     identity: str
 
+    @property
+    def chooses(self) -> bool:
+        """False once it is known that `choose` can tell nothing, whatever it is asked."""
+        ...
+
     def answer(
         self,
         conversations: Sequence[Conversation],
@@ -97,7 +109,7 @@ class Answerer(Protocol):
         log: Log = SILENT,
         what: str = "sampling",
     ) -> list[Completion]:
-        """One answer per conversation, in their order.
+        """One answer per conversation, in their order. One refused for what it says has an empty answer that did not end.
 
         Args:
             seeds: one per conversation.
@@ -107,7 +119,9 @@ class Answerer(Protocol):
         """
         ...
 
-    def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[list[float] | None]:
+    def choose(
+        self, conversations: Sequence[Conversation], options: Sequence[str], *, log: Log = SILENT
+    ) -> list[list[float] | None]:
         """For every conversation, the probability of each option as the answer's beginning, normalised over the options.
 
         None where it cannot be told: a missing value, never a guess.
@@ -121,6 +135,8 @@ class Answerer(Protocol):
 
 class LocalAnswerer:
     """A model in this process."""
+
+    chooses = True
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, identity: str = "local", batch_size: int = 32
@@ -138,7 +154,7 @@ class LocalAnswerer:
         given |= {"log": log, "what": what}
         return generate(self._model, self._tokenizer, conversations, settings, **given)
 
-    def choose(self, conversations, options) -> list[list[float] | None]:
+    def choose(self, conversations, options, *, log=SILENT) -> list[list[float] | None]:
         """See `Answerer.choose`: from the log-probabilities of whole options, which may be several tokens long.
 
         A conversation that is longer than the model can read is one of which it cannot be told.
@@ -176,6 +192,11 @@ class KeptAnswers:
         self.choose, self.probability = answerer.choose, answerer.probability
         self._answerer, self._path = answerer, path
         self._known = dict(read_whole_lines(path, _kept))
+
+    @property
+    def chooses(self) -> bool:
+        """See `Answerer.chooses`."""
+        return self._answerer.chooses
 
     def answer(
         self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=SILENT, what="sampling"

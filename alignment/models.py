@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+NEVER_SHOWN = "never_shown"  # type of the validation error of a value that may not be shown
 
 
 class Config(BaseModel):
-    """Base of all configurations: immutable, unknown keys refused."""
+    """Base of all configurations: immutable, unknown keys refused, and no value in the text of a validation error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class LoraSettings(Config):

@@ -106,10 +106,10 @@ def reject_reason(
             that declines one tagged as harmful needs no revision.
     """
     before, after = _words(initial), _words(final)
-    if before == after:
-        return "unchanged"
     if not before or not after:
         return "empty"
+    if before == after:
+        return "unchanged"
     if truncated and not settings.keep_truncated:
         return "truncated"
     if HARMFUL in tags and not settings.keep_already_declined and is_refusal(initial, len(initial)):

@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from alignment.errors import UserError
-from alignment.models import Config
+from alignment.models import NEVER_SHOWN, Config
 
 C = TypeVar("C", bound=Config)
 # libyaml's parser where PyYAML has it: the recipe is read by every process that loads the definitions.
@@ -67,14 +67,22 @@ def load_recipe(path: Path, shipped: Path | None = None) -> Recipe:
 
 
 def describe(error: ValidationError, prefix: str = "") -> str:
-    """A validation error as one sentence per faulty key, with the value given."""
+    """A validation error as one sentence per faulty key, with the value given unless that may hold a password or a key."""
     parts = []
     for e in error.errors():
         key = ".".join(str(p) for p in ((prefix,) if prefix else ()) + e["loc"])
-        given = "" if e["type"] in {"missing", "extra_forbidden"} else f" (got {e['input']!r})"
+        shown = e["type"] not in {"missing", "extra_forbidden", NEVER_SHOWN} and not _may_tell_a_secret(e["input"])
+        given = f" (got {e['input']!r})" if shown else ""
         message = "is not a known key" if e["type"] == "extra_forbidden" else e["msg"]
         parts.append(f"key {key!r}: {message}{given}")
     return "; ".join(parts)
+
+
+def _may_tell_a_secret(value: Any) -> bool:
+    # Settings as a whole, which a rule about several of them is given, and an address with a password or a query.
+    if isinstance(value, list):
+        return any(map(_may_tell_a_secret, value))
+    return isinstance(value, Mapping) or bool(re.search(r"://.*[@?]", str(value), re.DOTALL))
 
 
 def _read(path: Path, seen: tuple[Path, ...], shipped: Path | None) -> dict[str, Any]:

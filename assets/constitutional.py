@@ -55,7 +55,7 @@ def constitutional_preference_pairs(
             if settings.filters.judge_pairs:
                 texts = {p.id: p.text for p in rules.principles}
                 principles = {(r.id, r.prompt): texts[r.revisions[-1].principle] for r in revised}
-                pairs, judged = keep_preferred(critic, pairs, principles)
+                pairs, judged = keep_preferred(critic, pairs, principles, log=log)
                 reasons += judged
             write_jsonl(work.out / "rounds.jsonl", revised)
             write_jsonl(work.out / "pairs.jsonl", pairs)

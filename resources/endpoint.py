@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 TOP_LOGPROBS = 20
+FEW = 8  # requests that may all be refused for their text, by a server that has answered others, without ending the run
 BACKOFF = 1.0  # seconds before the first repetition; doubled for each further one
 
 
@@ -55,7 +56,13 @@ class EndpointAnswerer:
         self.identity = f"endpoint:{settings.model}"
         self._settings, self._cache = settings, _Cache(cache)
         self._budget = _Budget(settings, ledger)
-        self._tells_log_probs = True
+        self._tells_log_probs: bool | None = None  # None: not known yet
+        self._has_answered = self._budget.has_paid
+
+    @property
+    def chooses(self) -> bool:
+        """See `Answerer.chooses`: not once the server is known to tell no log-probabilities."""
+        return self._tells_log_probs is not False
 
     def answer(
         self,
@@ -72,28 +79,48 @@ class EndpointAnswerer:
         """See `Answerer.answer`; a server bars no tokens and keeps what it likes: `not_first` and `continued` change nothing.
 
         Raises:
-            EndpointError: no answer after all repetitions, a refused request, or a budget that is used up. Answers that
-                were there, or under way, are in the cache by then.
+            EndpointError: no answer after all repetitions, a refused request, all requests refused for their own text, or a
+                budget that is used up. Answers that were there, or under way, are in the cache by then.
         """
         payloads = [self._payload(c, settings, seed) for c, seed in zip(conversations, seeds, strict=True)]
         out: dict[int, Completion] = {}
 
-        def done(i: int, answer: Mapping[str, Any]) -> None:
-            ended = answer["finish_reason"] not in ("length", "content_filter")
-            out[i] = Completion(answer["text"], answer["completion_tokens"] or 0, ended)
+        def tell(i: int, completion: Completion) -> None:
+            out[i] = completion
             if keep is not None:
-                keep(i, out[i])
+                keep(i, completion)
 
-        _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, what)
+        def done(i: int, answer: Mapping[str, Any]) -> None:
+            self._has_answered = True
+            ended = answer["finish_reason"] not in ("length", "content_filter")
+            tell(i, Completion(answer["text"], answer["completion_tokens"] or 0, ended))
+
+        refused = _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, what)
+        if refused and len(refused) == len(payloads) and not (self._has_answered and len(refused) < FEW):
+            raise EndpointError(
+                f"{what}: {self._settings.model} at {self._settings.base_url} refuses all {len(refused)} requests for their "
+                f"own text, the last: {list(refused.values())[-1]}. Remedy: shorten the prompts, lower max_new_tokens, or use "
+                "another model."
+            )
+        for i in refused:  # only now: what is kept would not be asked for again
+            tell(i, Completion("", 0, ended=False))
         return [out[i] for i in range(len(payloads))]
 
-    def choose(self, conversations: Sequence[Conversation], options: Sequence[str]) -> list[list[float] | None]:
+    def choose(
+        self, conversations: Sequence[Conversation], options: Sequence[str], *, log: Log = SILENT
+    ) -> list[list[float] | None]:
         """See `Answerer.choose`: from the most likely first tokens, where the server tells them.
 
-        An option's probability is that of the first tokens it alone begins with.
+        An option's probability is that of the first tokens it alone begins with. A conversation that the server refuses for its
+        own text (too long, a content filter) is one of which it cannot be told. A server that refuses the log-probabilities, or
+        leaves them out of its first answer with a text, is asked no more; so is one that refuses with 400 or 422 and no word:
+        they are all that is unusual in the request.
+
+        Raises:
+            EndpointError: as `answer`; a request refused for any other reason is such an error, with the server's words.
         """
         out: list[list[float] | None] = [None] * len(conversations)
-        if not self._tells_log_probs:
+        if not self.chooses:
             return out
         payloads = [
             {
@@ -112,14 +139,22 @@ class EndpointAnswerer:
             out[i] = option_probabilities(answer["logprobs"], options) if answer["logprobs"] else None
 
         try:
-            _Exchange(self._settings, self._cache, self._budget).run(payloads, done, SILENT, "choices")
-        except _LogProbsRefused:
+            _Exchange(self._settings, self._cache, self._budget, self._learn).run(payloads, done, log, "choices")
+        except _NoLogProbs as error:
             self._tells_log_probs = False
+            log.say(f"choices: {self._settings.model} tells no log-probabilities, and is asked for no more choices: {error}")
         return out
 
     def probability(self, conversations: Sequence[Conversation], answer: str) -> list[float] | None:
         """See `Answerer.probability`: a server does not tell."""
         return None
+
+    def _learn(self, choice: Mapping[str, Any]) -> None:
+        # An empty text has no first token to tell of.
+        if choice["logprobs"]:
+            self._tells_log_probs = True
+        elif choice["text"] and self._tells_log_probs is None:
+            raise _NoLogProbs("its answer is without them")
 
     def _payload(self, conversation: Conversation, settings: SamplingSettings, seed: int) -> dict[str, Any]:
         payload = {
@@ -160,25 +195,43 @@ class _Stopped(Exception):
         self.reason, self.remedy = reason, remedy
 
 
-class _LogProbsRefused(Exception):
-    """The server knows no `logprobs`."""
+class _NoLogProbs(Exception):
+    """The server tells no log-probabilities; holds its words."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A request without an answer. `wait`: seconds the server asked for."""
+    """A request without an answer. `wait`: seconds the server asked for; `refused`: what of the request it does not take."""
 
     reason: str
     again: bool
     wait: float | None = None
     status: int | None = None
+    refused: Literal["text", "logprobs"] | None = None
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A request that is refused for its own text. Not kept: a server with another context length, or filter, may answer it."""
+
+    reason: str
 
 
 class _Exchange:
-    """Sends some requests, several at once, until all are answered or one ends the run."""
+    """Sends some requests, several at once, until all are answered or one ends the run.
 
-    def __init__(self, settings: AnswererSettings, cache: _Cache, budget: _Budget) -> None:
-        self._settings, self._cache, self._budget = settings, cache, budget
+    Args:
+        check: told of every answer of the server before the next is asked for; what it raises ends the run.
+    """
+
+    def __init__(
+        self,
+        settings: AnswererSettings,
+        cache: _Cache,
+        budget: _Budget,
+        check: Callable[[Mapping[str, Any]], None] = lambda answer: None,
+    ) -> None:
+        self._settings, self._cache, self._budget, self._check = settings, cache, budget, check
         self._key = os.environ.get(settings.api_key_env, "").strip()
         self._address = settings.base_url
         self._over = threading.Event()
@@ -187,17 +240,22 @@ class _Exchange:
 
     def run(
         self, payloads: Sequence[dict[str, Any]], done: Callable[[int, Mapping[str, Any]], None], log: Log, what: str
-    ) -> None:
-        """`done(i, answer)` for every request, from this thread, as the answers come in."""
+    ) -> dict[int, str]:
+        """`done(i, answer)` for every request, from this thread, as the answers come in.
+
+        Returns:
+            The reasons of the requests that were refused for their own text, by their numbers.
+        """
         keys = [answer_key(payload) for payload in payloads]
-        known = {i: answer for i, key in enumerate(keys) if (answer := self._cache.get(key)) is not None}
+        known = {i: answer for i, key in enumerate(keys) if (answer := self._kept(key, payloads[i])) is not None}
         for i, answer in known.items():
             done(i, answer)
         todo = [i for i in range(len(payloads)) if i not in known]
         if known:
             log.say(f"{what}: {len(known)} of {len(payloads)} answers of {self._settings.model} were already there")
+        refused: dict[int, str] = {}
         if not todo:
-            return
+            return refused
         paid_before = self._budget.tokens
         progress = Progress(log, what, len(todo))
         answered, stopped = len(known), None
@@ -209,13 +267,17 @@ class _Exchange:
                     self._say_news(log, what)
                     for future in finished:
                         i, error = pending.pop(future), future.exception()
-                        if error is None:
-                            if future.result() is not None:
-                                answered += 1
-                                done(i, future.result())
-                                progress.advance(1)
-                        else:  # those under way are waited for: they are paid for
+                        if error is not None:  # those under way are waited for: they are paid for
                             stopped = stopped or error
+                        elif isinstance(answer := future.result(), _Refused):
+                            refused[i] = answer.reason
+                            text = _beginning(payloads[i])
+                            log.say(f"{what}: warning: {self._settings.model} refuses {text!r}...: {answer.reason}")
+                            progress.advance(1)
+                        elif answer is not None:
+                            answered += 1
+                            done(i, answer)
+                            progress.advance(1)
             finally:
                 self._over.set()
         self._say_news(log, what)
@@ -227,33 +289,43 @@ class _Exchange:
         if stopped is not None:
             raise stopped
         cost = f", {self._budget.cost:.4g} spent so far" if self._budget.cost else ""
-        log.say(f"{what}: {len(todo)} answers of {self._settings.model} for {self._budget.tokens - paid_before} tokens{cost}")
+        others = f", {len(refused)} refused" if refused else ""
+        tokens = self._budget.tokens - paid_before
+        log.say(f"{what}: {len(todo) - len(refused)} answers of {self._settings.model} for {tokens} tokens{cost}{others}")
+        return refused
 
     def _say_news(self, log: Log, what: str) -> None:
         while not self._news.empty():
             log.say(f"{what}: {self._news.get()}")
 
-    def _ask(self, client: OpenAI, key: str, payload: dict[str, Any]) -> dict[str, Any] | None:
+    def _ask(self, client: OpenAI, key: str, payload: dict[str, Any]) -> dict[str, Any] | _Refused | None:
         # In a thread of the pool. None when another request ended the run.
         if self._over.is_set():
             return None
         try:
             with self._cache.lock(key):
-                answer = self._cache.get(key)  # another process may have asked meanwhile
+                answer = self._kept(key, payload)  # another process may have asked meanwhile
                 if answer is None:
                     self._budget.check()
                     answer = self._answer(client, payload)
                     if answer is None:
                         return None
-                    self._cache.put(key, answer)
-                    self._budget.add(answer["prompt_tokens"], answer["completion_tokens"])
+                    if not isinstance(answer, _Refused):
+                        if _is_whole(answer, payload):
+                            self._cache.put(key, answer)
+                        self._budget.add(answer["prompt_tokens"], answer["completion_tokens"])
+                        self._check(answer)
         except BaseException:
             self._over.set()  # here, before this thread takes up the next request
             raise
         self._cache.unlock(key)
         return answer
 
-    def _answer(self, client: OpenAI, payload: dict[str, Any]) -> dict[str, Any] | None:
+    def _kept(self, key: str, payload: dict[str, Any]) -> dict[str, Any] | None:
+        answer = self._cache.get(key)
+        return answer if answer is not None and _is_whole(answer, payload) else None
+
+    def _answer(self, client: OpenAI, payload: dict[str, Any]) -> dict[str, Any] | _Refused | None:
         attempts = self._settings.retries + 1
         for attempt in range(1, attempts + 1):
             self._over.wait(max(0.0, self._quiet_until - time.monotonic()))
@@ -262,8 +334,10 @@ class _Exchange:
             answer = self._attempt(client, payload)
             if not isinstance(answer, _Failure):
                 return answer
-            if answer.status in (400, 422) and "logprobs" in payload:
-                raise _LogProbsRefused
+            if answer.refused == "text":
+                return _Refused(answer.reason)
+            if answer.refused == "logprobs" and "logprobs" in payload:
+                raise _NoLogProbs(answer.reason)
             if not answer.again:
                 raise _Stopped(answer.reason, _REMEDIES.get(answer.status or 0, "correct the settings of this answerer"))
             if attempt == attempts:
@@ -318,7 +392,7 @@ class _Exchange:
         except (AttributeError, IndexError, KeyError, TypeError):
             return _Failure("an answer that is no chat completion", again=True)
         return {
-            "text": self._scrubbed(text, least=16).strip(),
+            "text": self._scrubbed(text, least=16).replace("\0", "").strip(),  # no reader of text takes NUL back
             "finish_reason": choice.get("finish_reason"),
             "prompt_tokens": usage.get("prompt_tokens"),
             "completion_tokens": usage.get("completion_tokens"),
@@ -330,7 +404,11 @@ class _Exchange:
         reason = self._scrubbed(f"HTTP {status}" + (f" ({str(detail)[:300]})" if detail else ""))
         spent = isinstance(body, dict) and body.get("code") == "insufficient_quota"  # told as 429, but waiting does not help
         return _Failure(
-            reason, again=not spent and (status in (408, 409, 429) or status >= 500), wait=_retry_after(headers), status=status
+            reason,
+            again=not spent and (status in (408, 409, 429) or status >= 500),
+            wait=_retry_after(headers),
+            status=status,
+            refused=_what_is_refused(body) if status in (400, 422) else None,
         )
 
     def _scrubbed(self, text: str, least: int = 1) -> str:
@@ -360,6 +438,40 @@ _REMEDIES = {
     404: "correct base_url (with its version path, such as /v1) or model",
     429: "raise the account's limits, or lower concurrency",
 }
+
+
+# How servers say that a request's own text is why it is refused, in small letters.
+_TOO_LONG = ("context length", "context_length", "context size", "context window", "model length", "prompt is too long")
+_FILTERED = ("content_filter", "content filter", "content_policy", "content policy", "content management policy", "usage polic")
+
+
+def _what_is_refused(body: Any) -> Literal["text", "logprobs"] | None:
+    said = _complaint(body).lower()
+    if any(sign in said for sign in _TOO_LONG + _FILTERED):
+        return "text"
+    return "logprobs" if "logprob" in said or not said else None
+
+
+def _complaint(body: Any) -> str:
+    # Without what it repeats of the request, such as FastAPI's `input`: that names `logprobs` whatever is wrong.
+    if not isinstance(body, dict):
+        return str(body or "")
+    detail = body.get("detail") or []
+    said = [body.get(name) for name in ("message", "param", "code")] + (detail if isinstance(detail, list) else [detail])
+    said = [{k: v for k, v in part.items() if k != "input"} if isinstance(part, dict) else part for part in said]
+    return " ".join(str(part) for part in said if part and not isinstance(part, int))
+
+
+def _is_whole(answer: Mapping[str, Any], payload: Mapping[str, Any]) -> bool:
+    # Not where log-probabilities were asked for and left out: the key has no address, and another server may tell them.
+    return "logprobs" not in payload or bool(answer["logprobs"])
+
+
+def _beginning(payload: Mapping[str, Any], most: int = 60) -> str:
+    # Of the prompt, which the requests for a critique and a comparison show after "Human: ", and later ones do not repeat.
+    said = [" ".join(message["content"].split()) for message in payload["messages"] if message["role"] == "user"]
+    shown = [text for text in said if "Human: " in text] or said
+    return shown[-1].split("Human: ", 1)[-1][:most]
 
 
 class _Cache:
@@ -401,6 +513,7 @@ class _Budget:
         paid = read_whole_lines(ledger, lambda line: (int(line["prompt"]), int(line["completion"]))) if ledger else []
         self._prompt, self._completion = sum(p for p, _ in paid), sum(c for _, c in paid)
         self._untold = False
+        self.has_paid = bool(paid)  # in an earlier attempt
 
     @property
     def tokens(self) -> int:

@@ -68,13 +68,13 @@ class Judge:
     identity = "rule"
 
     def __init__(self, p, reasoning="Because."):
-        self.p, self.reasoning, self.asked, self.seeds = p, reasoning, [], []
+        self.p, self.reasoning, self.asked, self.seeds, self.chooses = p, reasoning, [], [], True
 
     def answer(self, conversations, settings, *, seeds, not_first=None, keep=None, continued=False, log=None, what=""):
         self.seeds += seeds
         return told(keep, [Completion(self.reasoning, 2, True) for _ in conversations])
 
-    def choose(self, conversations, options):
+    def choose(self, conversations, options, *, log=None):
         assert tuple(options) == OPTIONS
         self.asked += conversations
         chosen = [self.p(*shown(c)) for c in conversations]
@@ -88,6 +88,7 @@ class Writer:
     """A policy that gives every prompt the same two answers."""
 
     identity = "writer"
+    chooses = False
 
     def __init__(self, a="please wait a moment", b="never do that", ended=True):
         self.answers, self.asked = [Completion(a, 4, ended), Completion(b, 3, ended)], []
@@ -96,7 +97,7 @@ class Writer:
         self.asked += conversations
         return told(keep, [self.answers[i % 2] for i in range(len(conversations))])
 
-    def choose(self, conversations, options):
+    def choose(self, conversations, options, *, log=None):
         raise AssertionError("the policy judges nothing")
 
     probability = choose
@@ -243,6 +244,16 @@ def test_a_judgement_that_cannot_be_read_is_dropped_and_counted(collect, unreada
     assert [(c.comparison, c.dropped) for c in compared] == [(None, "unreadable")] * 6
     metrics = feedback_metrics(compared)
     assert metrics == {"prompts": 6, "pairs": 0, "share_compared": 0, "dropped/unreadable": 6}
+
+
+def test_no_reasoning_is_asked_of_a_judge_that_is_known_to_tell_no_choice(collect):
+    def unable(first, second):
+        judge.chooses = False
+
+    judge = Judge(unable)
+    compared = collect(Writer(), judge, chain_of_thought=True, chunk=2)
+    assert [c.dropped for c in compared] == ["unreadable"] * 6
+    assert len(judge.seeds) == len(judge.asked) == 4  # of the first two prompts, in both orders; the other four cost nothing
 
 
 @pytest.mark.parametrize(

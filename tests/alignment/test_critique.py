@@ -177,6 +177,7 @@ class Says:
     """A critic behind an endpoint: it tells no probabilities, and says this."""
 
     identity = "says"
+    chooses = False
 
     def __init__(self, critique):
         self.critique, self.asked = critique, []
@@ -188,7 +189,7 @@ class Says:
             keep(i, completion)
         return out
 
-    def choose(self, conversations, options):
+    def choose(self, conversations, options, *, log=None):
         return [None] * len(conversations)
 
     def probability(self, conversations, answer):
@@ -225,7 +226,15 @@ def test_after_a_round_that_declined_the_filters_still_choose_among_the_candidat
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
 @pytest.mark.parametrize(
     ("critique", "revised"),
-    [("No violations found.", False), (" no violations FOUND", False), ("It insults. No violations found elsewhere.", True)],
+    [
+        ("No violations found.", False),
+        (" no violations FOUND", False),
+        ('"No violations found."', False),
+        ("**No violations found.**", False),
+        ("\n - _No violations found_", False),
+        ("It insults. No violations found elsewhere.", True),
+        ("- Not kind.", True),
+    ],
 )
 def test_a_critic_without_probabilities_finds_nothing_where_it_says_so(model, tokenizer, tmp_path, critique, revised, threshold):
     critic = Says(critique)

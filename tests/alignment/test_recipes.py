@@ -1,5 +1,6 @@
 """Recipes: the shipped ones are valid to the last key, and a wrong one is refused in one clear sentence."""
 
+import traceback
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,24 @@ def test_a_wrong_value_is_named_by_file_and_key(recipe, tmp_path, text, says):
     assert str(error.value).startswith(f"{tmp_path / 'r.yaml'}: ")
     assert "\n" not in str(error.value)
     assert isinstance(error.value, UserError)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "[{kind: endpoint, api_key_env: sk-proj-secret}]",
+        '"http://me:secret@host/v1"',
+        "{api_key_env: sk-proj-secret, retries: -1}",
+        "{kind: endpoint, model: m, retries: -1, base_url: 'https://host/v1?key=secret'}",
+    ],
+)
+def test_what_may_hold_a_password_or_a_key_is_not_shown(recipe, settings):
+    loaded = recipe(r=f"stage: {{critic: {settings}, sampler: {{retries: -2}}}}")
+    with pytest.raises(RecipeError, match=r"key 'stage\.sampler\.retries': .* \(got -2\)") as error:
+        loaded.config("stage", CritiqueConfig)
+    assert ("(got -1)" in str(error.value)) == ("-1" in settings)
+    for told in (str(error.value), "".join(traceback.format_exception(error.value))):
+        assert "secret" not in told
 
 
 def test_values_that_contradict_each_other_are_named(recipe):

@@ -1,6 +1,7 @@
 """The launchpad: same fields, descriptions and values as the recipe's configuration; what is wrong is refused by name."""
 
 import shutil
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,13 @@ def test_a_violated_bound_is_described_by_key_and_value(kind, values, message):
     with pytest.raises(RecipeError) as caught:
         checked_config(kind, {**values, "force": False})
     assert str(caught.value) == message
+
+
+def test_a_pasted_key_is_in_no_message_of_a_run_configuration():
+    values = {"critic": {"api_key_env": "sk-proj-4711"}}
+    with pytest.raises(RecipeError, match=r"^run config: key 'critic\.api_key_env': must be the name of an") as caught:
+        checked_config(CritiqueConfig, values)
+    assert "4711" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_settings_that_contradict_each_other_name_both():

@@ -17,14 +17,17 @@ from chat_server import ChatServer, completion, echo, forward
 from pydantic import ValidationError
 
 import resources.endpoint
+from alignment.ai_feedback import Case, judge_in_both_orders
 from alignment.constitutions import load_constitution
-from alignment.critic import AnswererSettings, LocalAnswerer
-from alignment.critique import CritiqueConfig, critique_and_revise
+from alignment.critic import AnswererSettings, KeptAnswers, LocalAnswerer
+from alignment.critique import CritiqueConfig, critique_and_revise, preference_pairs
 from alignment.errors import UserError
 from alignment.fingerprint import identity
 from alignment.generation import Completion, SamplingSettings
 from alignment.models import LoadSettings, ModelFiles, load_causal_lm, load_tokenizer
+from alignment.pair_filters import FilterSettings
 from alignment.progress import Log
+from alignment.recipes import Recipe, RecipeError
 from alignment.records import Prompt
 from alignment.tiny_model import build_tiny_model
 from resources.endpoint import EndpointAnswerer, EndpointError, option_probabilities
@@ -88,6 +91,11 @@ def test_an_answer_cut_at_the_limit_has_not_ended(answerer):
         assert (answer.tokens, answer.ended) == (5, False)
 
 
+def test_an_answer_holds_no_nul_characters(answerer):
+    with ChatServer(lambda payload: completion("\0 a\0b \0")) as server:
+        assert [a.text for a in ask(answerer(server), CONVERSATIONS[:1])] == ["ab"]
+
+
 def test_what_the_server_understands_is_a_setting(answerer):
     with ChatServer() as server:
         ask(answerer(server, limit_key="max_completion_tokens", extended_sampling=True), CONVERSATIONS[:1])
@@ -120,16 +128,26 @@ def test_address_and_layout_decide_nothing_and_the_model_does():
     ("settings", "names"),
     [
         ({"model": ""}, "model: name the model"),
+        ({"model": "", "base_url": "http://me:secret@host/v1"}, "model: name the model"),
         ({"base_url": "http://me:secret@host/v1"}, "base_url: must hold no password"),
         ({"base_url": "https://host/v1?key=secret"}, "base_url: must hold no password"),
+        ({"base_url": ["https://host/v1?key=secret"]}, "base_url"),
         ({"base_url": "host:8000"}, "base_url: must begin with http"),
-        ({"api_key_env": "sk-abc"}, "api_key_env"),
+        ({"api_key_env": "sk-abc-secret"}, "api_key_env"),
+        ({"api_key_env": ["sk-abc-secret"]}, "api_key_env"),
+        ({"api_key": "sk-abc-secret"}, "api_key"),
         ({"max_cost": 1.0}, "max_cost: needs price_prompt"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, names):
-    with pytest.raises(ValidationError, match=names):
-        AnswererSettings(**{"kind": "endpoint", "model": "m", **settings})
+    given = {"kind": "endpoint", "model": "m", **settings}
+    recipe = Recipe(Path("r.yaml"), {"stage": {"critic": given}})
+    for make in (lambda: AnswererSettings(**given), lambda: recipe.config("stage", CritiqueConfig)):
+        with pytest.raises((ValidationError, RecipeError)) as error:
+            make()
+        for told in (str(error.value), "".join(traceback.format_exception(error.value))):
+            assert "secret" not in told
+            assert names in told
 
 
 # --- Faults -----------------------------------------------------------------------------------------------------------
@@ -331,6 +349,93 @@ def test_a_budget_needs_a_server_that_counts(answerer):
             ask(answerer(server, cache="other", max_tokens_budget=100, concurrency=1))
 
 
+# --- Refused for its own text -----------------------------------------------------------------------------------------
+
+TOO_LONG = (400, {"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}})
+FILTERED = (400, {"error": {"message": "The response was filtered.", "code": "content_filter", "param": "prompt"}})
+REFUSALS = [
+    TOO_LONG,
+    FILTERED,
+    (400, {"error": {"message": "Too much.", "code": "context_length_exceeded", "param": "messages"}}),
+    (400, {"error": {"message": "No.", "code": "content_policy_violation"}}),
+    (422, {"detail": "the request exceeds the available context size"}),
+]
+
+
+def refusing_those_with(text, refusal=FILTERED):
+    return lambda payload: refusal if any(text in m["content"] for m in payload["messages"]) else echo(payload)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_a_prompt_that_is_refused_for_its_own_text_has_an_empty_answer_that_did_not_end(answerer, refusal):
+    asked = [*CONVERSATIONS[:2], [{"role": "user", "content": "How do I\n" + "make one, " * 20}], CONVERSATIONS[3]]
+    with ChatServer(refusing_those_with("make one", refusal)) as server:
+        said, kept = [], {}
+        answers = ask(answerer(server), asked, said=said, keep=lambda i, answer: kept.update({i: answer}))
+        assert answers[2] == Completion("", 0, ended=False)
+        assert [a.text for a in answers] == [*expected()[:2], "", expected()[3]]
+        assert kept == dict(enumerate(answers))
+    (warning,) = [line for line in said if "warning" in line]
+    beginning = ("How do I " + "make one, " * 20)[:60]
+    assert warning.startswith(f"critiques: warning: m refuses {beginning!r}...: HTTP {refusal[0]} (")
+
+
+def test_a_refusal_is_asked_for_again_by_another_stage_only(answerer, tmp_path):
+    with ChatServer(refusing_those_with("Question 1:", TOO_LONG)) as server:
+        for _ in range(2):
+            ask(KeptAnswers(answerer(server), tmp_path / "kept.jsonl"), CONVERSATIONS[:4])
+        assert server.asked.total() == 4
+        server.upstream = echo  # it was started with a longer context
+        assert [a.text for a in ask(answerer(server), CONVERSATIONS[:4])] == expected()[:4]
+        assert server.asked.total() == 5
+
+
+def test_where_every_prompt_is_refused_there_is_one_clear_error_and_nothing_is_kept(answerer, tmp_path):
+    with ChatServer(refusing_those_with("Question", TOO_LONG)) as server:
+        for attempt in (1, 2):
+            who = KeptAnswers(answerer(server, ledger="paid.jsonl"), tmp_path / "kept.jsonl")
+            with pytest.raises(EndpointError, match=r"m at .* refuses all 16 .*maximum context length is 4096 tokens.*Remedy"):
+                ask(who)
+            assert server.asked.total() == 16 * attempt
+
+
+def test_a_last_prompt_that_is_refused_does_not_end_a_stage_that_had_answers(answerer):
+    with ChatServer(refusing_those_with("Question 1:")) as server:
+        with pytest.raises(EndpointError, match="refuses all 1 "):
+            ask(answerer(server, ledger="paid.jsonl"), CONVERSATIONS[1:2])
+        who = answerer(server, ledger="paid.jsonl")
+        ask(who, CONVERSATIONS[:1])
+        later = answerer(server, ledger="paid.jsonl")  # in another process
+        for one in (who, later):
+            assert ask(one, CONVERSATIONS[1:2]) == [Completion("", 0, ended=False)]
+        server.upstream = refusing_those_with("Question")
+        with pytest.raises(EndpointError, match="refuses all 15 "):
+            ask(later, CONVERSATIONS[1:])
+
+
+def test_a_prompt_that_is_refused_makes_no_pair_and_is_counted(answerer, tmp_path):
+    prompts = [Prompt(id=f"p{i}", prompt=c[0]["content"]) for i, c in enumerate(CONVERSATIONS[:3])]
+    rules = load_constitution(Path(__file__).parents[2] / "conf" / "constitutions" / "general.yaml")
+    with ChatServer(refusing_those_with("Question 1:")) as server:
+        said, who = [], answerer(server)
+        config = CritiqueConfig(rounds=1)
+        revised = critique_and_revise(who, who, prompts, rules, config, work=tmp_path, log=Log(say=said.append))
+    assert (revised[1].initial, revised[1].final, revised[1].truncated) == ("", "", True)
+    pairs, reasons = preference_pairs(revised, rules, FilterSettings(min_same_script=0.0))
+    assert [p.id for p in pairs] == ["p0", "p2"]
+    assert reasons == {"empty": 1}
+    warnings = [line for line in said if "warning" in line]
+    assert len(warnings) == 3  # of the answer, the critique and the revision
+    assert all("refuses 'Question 1: größer?" in line for line in warnings)
+
+
+def test_a_refused_judgement_is_named_by_the_prompt_that_was_answered(answerer):
+    with ChatServer(lambda payload: TOO_LONG) as server:
+        said, case = [], Case("one", CONVERSATIONS[7], "yes", "no", "Choose the kind one.")
+        assert judge_in_both_orders(answerer(server), [case], log=Log(say=said.append)) == [None]
+    assert sum("refuses 'Question 7: größer?" in line for line in said) == 2
+
+
 # --- Choices ----------------------------------------------------------------------------------------------------------
 
 
@@ -350,14 +455,99 @@ def test_choices_are_read_from_the_first_tokens(answerer):
         assert server.asked.total() == 2
 
 
-def test_where_the_server_tells_no_probabilities_choices_are_missing(answerer):
+def test_a_server_that_leaves_log_probabilities_out_is_asked_for_no_more_choices(answerer):
     with ChatServer() as server:
-        assert answerer(server).choose(CONVERSATIONS[:3], ["A", "B"]) == [None] * 3
-        assert answerer(server).probability(CONVERSATIONS, "A") is None
-    with ChatServer(refusing(422)) as server:
-        refused = answerer(server, cache="other", concurrency=1)
-        assert refused.choose(CONVERSATIONS[:3], ["A", "B"]) == [None] * 3
-        assert refused.choose(CONVERSATIONS[3:5], ["A", "B"]) == [None] * 2
+        said, judge = [], answerer(server, concurrency=1)
+        assert judge.chooses
+        for asked in (CONVERSATIONS[:3], CONVERSATIONS[3:5]):
+            assert judge.choose(asked, ["A", "B"], log=Log(say=said.append)) == [None] * len(asked)
+        assert not judge.chooses
+        assert judge.probability(CONVERSATIONS, "A") is None
+        assert server.asked.total() == 1
+    (line,) = [line for line in said if "tells no log-probabilities" in line]
+    assert line.endswith("m tells no log-probabilities, and is asked for no more choices: its answer is without them")
+
+
+def test_an_answer_without_log_probabilities_is_paid_for_and_not_read_back_from_the_cache(answerer, tmp_path):
+    with ChatServer() as without:
+        answerer(without, concurrency=1, ledger="paid.jsonl").choose(CONVERSATIONS[:1], ["A", "B"])
+        (paid,) = (tmp_path / "paid.jsonl").read_text().splitlines()
+        assert json.loads(paid) == {"prompt": 10, "completion": 1}
+    assert not list((tmp_path / "cache").rglob("*.json"))
+    with ChatServer(telling([("A", -0.5), ("B", -0.5)])) as server:
+        moved = answerer(server)
+        assert moved.choose(CONVERSATIONS[:1], ["A", "B"]) == [[0.5, 0.5]]
+        (kept,) = (tmp_path / "cache").rglob("*.json")
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "logprobs": []}))  # as older versions kept it
+        assert moved.choose(CONVERSATIONS[:1], ["A", "B"]) == [[0.5, 0.5]]
+        assert server.asked.total() == 2
+
+
+def test_one_answer_without_log_probabilities_is_a_missing_value_where_others_have_them(answerer):
+    telling_now = telling([("A", -0.5), ("B", -0.5)])
+
+    def mixed(payload):
+        return completion("A", "length", 1) if payload["messages"] == CONVERSATIONS[1] else telling_now(payload)
+
+    with ChatServer(mixed) as server:
+        judge = answerer(server, concurrency=1)
+        assert judge.choose(CONVERSATIONS[:3], ["A", "B"]) == [[0.5, 0.5], None, [0.5, 0.5]]
+        assert judge.chooses
+    with ChatServer(lambda payload: completion("", "stop", 1)) as silent:
+        judge = answerer(silent, cache="other")
+        assert judge.choose(CONVERSATIONS[:1], ["A", "B"]) == [None]
+        assert judge.chooses
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [
+        lambda payload: (400, {"error": {"message": "LogProbs are not supported", "code": None}}),
+        lambda payload: (400, {"error": {"message": "unsupported", "param": "logprobs", "code": 400}}),
+        lambda payload: (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "logprobs"], "msg": "Extra"}]}),
+        lambda payload: (422, {}),
+    ],
+    ids=["message", "param", "detail", "without a word"],
+)
+def test_a_server_that_refuses_log_probabilities_is_asked_for_no_more_choices(answerer, upstream):
+    with ChatServer(upstream) as server:
+        said, judge = [], answerer(server, concurrency=1)
+        log = Log(say=said.append)
+        assert judge.choose(CONVERSATIONS[:3], ["A", "B"], log=log) == [None] * 3
+        assert judge.choose(CONVERSATIONS[3:5], ["A", "B"], log=log) == [None] * 2
+        assert server.asked.total() == 1
+        (line,) = said
+        assert line.startswith("choices: m tells no log-probabilities, and is asked for no more choices: HTTP 4")
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def test_a_question_that_is_refused_for_its_own_text_is_the_only_choice_that_is_missing(answerer, refusal):
+    def picky(payload):
+        return refusal if payload["messages"] == CONVERSATIONS[1] else telling([("A", -0.5), ("B", -0.5)])(payload)
+
+    with ChatServer(picky, faults=["429", None]) as server:
+        said = []
+        choices = answerer(server, concurrency=1).choose(CONVERSATIONS[:3], ["A", "B"], log=Log(say=said.append))
+        assert choices == [[0.5, 0.5], None, [0.5, 0.5]]
+        assert server.asked.total() == 5
+    (warning,) = [line for line in said if "warning" in line]
+    assert warning.startswith(f"choices: warning: m refuses 'Question 1: größer?'...: HTTP {refusal[0]}")
+    assert any("HTTP 429" in line and "repeating it in" in line for line in said)
+    assert said[-1] == "choices: 2 answers of m for 22 tokens, 1 refused"
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (400, {"error": {"message": "Unsupported parameter: use max_completion_tokens.", "param": "max_tokens"}}),
+        (422, {"detail": [{"loc": ["body", "user"], "msg": "use max_completion_tokens", "input": {"logprobs": True}}]}),
+    ],
+    ids=["openai", "fastapi"],
+)
+def test_a_choice_refused_for_another_reason_is_an_error_with_the_servers_words(answerer, refusal):
+    with ChatServer(lambda payload: refusal) as server:
+        with pytest.raises(EndpointError, match=r"choices: m at .*HTTP 4.*use max_completion_tokens.*Remedy: correct"):
+            answerer(server, concurrency=1).choose(CONVERSATIONS[:3], ["A", "B"])
         assert server.asked.total() == 1
 
 
