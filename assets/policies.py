@@ -11,7 +11,7 @@ from alignment.methods import METHODS, Method, Training
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
-from assets.sft_report import heldout_data, write_table
+from assets.sft_report import heldout_data, read_table, write_table
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
 from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
@@ -111,11 +111,10 @@ def report_asset(name: str, method: Method) -> dg.AssetsDefinition:
 
             def compute(work, log) -> Outcome:
                 folder = store.path(sft_report)
-                lines = (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
                 metrics, table = evaluate_policy(
                     settings,
                     theirs=Measured.model_validate_json((folder / "measured.json").read_text(encoding="utf-8")),
-                    base_rows=[json.loads(line) for line in lines],
+                    base_rows=read_table(folder / "generations.jsonl"),
                     sft=store.model_files(sft_checkpoint),
                     policy=store.model_files(policy),
                     evaluator=store.model_files(evaluator),

@@ -88,3 +88,9 @@ def heldout_data(store: ArtifactStore, rules: Constitution, prompts: PromptSet, 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows as JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of `write_table`."""
+    # Not splitlines(): an answer may hold other line separators, which JSON leaves as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
