@@ -81,7 +81,9 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     train = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "train"]
     heldout = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
-    _need(train, "training conversation", config.demonstrations)
+    # Without held-out conversations nobody would know what perplexity a policy costs, which promotion asks for.
+    for rows, what in ((train, "training conversation"), (heldout, "held-out conversation")):
+        _need(rows, what, "sft_dataset.demonstrations", config.demonstrations)
     shown = {normalise(c.prompt) for c in train}
     approved = [c for c in map(approved_answer, taught) if c is not None and normalise(c.prompt) not in shown]
     write_jsonl(out / "train.jsonl", [*train, *approved, *map(critique_conversation, taught)])
@@ -114,7 +116,8 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
         else:
             parts["reward_train"].append(pair)
     for name, rows in parts.items():
-        _need(rows, f"{name} pair", config.preferences)
+        settings = "heldout_fraction or evaluator_share"
+        _need(rows, f"{name} pair", "human_preferences.preferences", config.preferences, settings)
         write_jsonl(out / f"{name}.jsonl", rows)
     longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
     counts = {f"rows/{name}": float(len(rows)) for name, rows in parts.items()}
@@ -153,7 +156,7 @@ def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> 
     prompts = sorted(prompts, key=lambda p: position(p.prompt, "order"))
     sides = {side: [p for p in prompts if split_of(p.prompt, config.heldout_fraction) == side] for side in ("train", "heldout")}
     for side, rows in sides.items():
-        _need(rows, f"{side} prompt", config.prompts)
+        _need(rows, f"{side} prompt", "prompts.prompts", config.prompts)
         write_jsonl(out / f"{side}.jsonl", rows)
     problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: f"{p.prompt} {p.answer}")
     problems = sorted(problems, key=lambda p: position(p.prompt, "order"))
@@ -180,10 +183,10 @@ def _read(reader, names: Sequence[str], sources: dict[str, str], key) -> tuple[l
     return deduplicate([record for name in names for record in reader(sources[name])], key)
 
 
-def _need(rows: Sequence, what: str, names: Sequence[str]) -> None:
-    if not rows:
-        raise DataError(
-            ", ".join(names),
-            f"leaves not a single {what} after the split",
-            "add rows, or change heldout_fraction or evaluator_share",
-        )
+def _need(rows: Sequence, what: str, key: str, names: Sequence[str], settings: str = "heldout_fraction") -> None:
+    """Refuse a part without rows. `names` are the sources that stand under `key`, `settings` what else decides the part."""
+    if rows:
+        return
+    if not names:
+        raise DataError(key, "names no file", "name a file or a Hub data set")
+    raise DataError(", ".join(names), f"leaves not a single {what} after the split", f"add rows, or change {settings}")

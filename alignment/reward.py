@@ -311,7 +311,15 @@ def reward_training_pairs(
     """Human pairs, and the configured shares of the constitutional ones and of AI feedback, in a seeded order.
 
     Where every weight is 1 and AI feedback takes no part, pairs come back as they are; else with their weight.
+
+    Raises:
+        NothingToTrain: constitutional pairs are to take part, and there are none.
     """
+    if not constitutional and config.constitutional_share and config.constitutional_weight:
+        raise NothingToTrain(
+            "there are no constitutional pairs. Remedy: look at the filter counts of the pairs asset, "
+            "or set constitutional_weight: 0."
+        )
     rng = random.Random(config.optim.seed)
     chosen = rng.sample(list(constitutional), round(len(constitutional) * config.constitutional_share))
     compared = rng.sample(list(feedback), round(len(feedback) * config.ai_feedback_share)) if config.ai_feedback_weight else []

@@ -31,9 +31,11 @@ def training_tasks(prompts: Path, kind: TaskKind, prompt_tags: Sequence[str], ma
     if kind != "prompts":
         tasks += [problem_task(p) for p in read_records(prompts / "problems_train.jsonl", Problem)]
     if not tasks:
+        tagged = f"training prompts (tags {', '.join(prompt_tags)})"
+        among = {"prompts": tagged, "problems": "training problems", "both": f"{tagged} and problems"}[kind]
+        files = " or ".join(f"prompts.{name}" for name in ("prompts", "problems") if kind in (name, "both"))
         raise NothingToTrain(
-            f"tasks: {kind}: there is none among the training prompts (tags {', '.join(prompt_tags)}). "
-            "Remedy: add some, or choose other tasks."
+            f"tasks: {kind}: there is none among the {among}. Remedy: add some to the files of {files}, or choose other tasks."
         )
     random.Random(seed).shuffle(tasks)
     return tasks[: max_tasks or None]

@@ -23,8 +23,9 @@ from alignment.readers import (
     read_preferences,
     read_problems,
     read_prompts,
+    read_records,
 )
-from alignment.records import PreferencePair
+from alignment.records import PreferencePair, Problem
 from alignment.splits import normalise, split_of
 
 DATA = Path(__file__).parents[2] / "data"
@@ -259,6 +260,34 @@ def test_a_part_without_rows_is_an_error_that_says_what_to_do(tmp_path):
         build_human_preferences(HumanPreferencesConfig(critiques=[]), {"data/preferences.jsonl": source}, tmp_path)
     with pytest.raises(DataError, match="not a single"):
         build_prompts(PromptsConfig(), {"data/prompts.jsonl": source}, tmp_path)
+
+
+def test_conversations_that_are_all_trained_on_or_all_held_out_are_an_error(tmp_path):
+    for side, missing in (("train", "held-out"), ("heldout", "training")):
+        rows = [{"prompt": p, "completion": "a"} for i in range(20) if split_of(p := f"Prompt {i}", 0.25) == side]
+        sources = {"data/demonstrations.jsonl": write(tmp_path / f"{side}.jsonl", rows)}
+        says = (
+            rf"data/demonstrations\.jsonl: leaves not a single {missing} conversation .*: add rows, or change heldout_fraction\."
+        )
+        with pytest.raises(DataError, match=says):
+            build_sft_dataset(SftDatasetConfig(critiques=[]), sources, tmp_path)
+
+
+def test_a_setting_that_names_no_file_is_named(made_up, tmp_path):
+    for build, config, key in (
+        (build_sft_dataset, SftDatasetConfig(demonstrations=[]), "sft_dataset.demonstrations"),
+        (build_human_preferences, HumanPreferencesConfig(preferences=[], critiques=[]), "human_preferences.preferences"),
+        (build_prompts, PromptsConfig(prompts=[]), "prompts.prompts"),
+    ):
+        with pytest.raises(DataError) as caught:
+            build(config, made_up, tmp_path)
+        assert str(caught.value) == f"{key}: names no file. Remedy: name a file or a Hub data set."
+
+
+def test_problems_may_be_left_out(made_up, tmp_path):
+    counts = build_prompts(PromptsConfig(problems=[]), made_up, tmp_path)
+    assert counts["rows/problems_train"] == counts["rows/problems_heldout"] == 0
+    assert read_records(tmp_path / "problems_train.jsonl", Problem) == []
 
 
 def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):

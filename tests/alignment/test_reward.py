@@ -509,6 +509,14 @@ def test_the_configured_share_of_ai_feedback_joins_with_its_label_and_weight(sou
     assert reward_training_pairs(human, constitutional, config, compared) == mixed
 
 
+def test_constitutional_pairs_that_are_to_take_part_must_be_there(sources):
+    human, _, _ = sources
+    with pytest.raises(NothingToTrain, match=r"no constitutional pairs.*Remedy: look at the filter counts"):
+        reward_training_pairs(human, [], RewardMixConfig())
+    for config in (RewardMixConfig(constitutional_weight=0), RewardMixConfig(constitutional_share=0)):
+        assert len(reward_training_pairs(human, [], config)) == len(human)
+
+
 def test_weights_apply_to_their_own_kind_and_zero_leaves_it_out(sources):
     human, constitutional, compared = sources
     config = RewardMixConfig(human_weight=2.0, constitutional_weight=0.0, ai_feedback_weight=1.0)
