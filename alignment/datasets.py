@@ -1,6 +1,7 @@
 """The curated data sets as stages see them: read, deduplicated, split by prompt, written as JSON lines.
 
-One split for all (`alignment.splits`): what is held out for evaluation is in no training part of any data set.
+One split for all (`alignment.splits`): what is held out for evaluation is in no training part of any data set. Rows are
+duplicates if all that is said in them is the same but for case and white space.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from alignment.readers import (
     read_problems,
     read_prompts,
 )
-from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair
-from alignment.splits import normalise, position, split_of, split_of_turns
+from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair, Problem, Prompt
+from alignment.splits import folded, position, split_of, split_of_turns
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class SftDatasetConfig(Config):
@@ -76,16 +77,16 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     `heldout.jsonl` holds plain demonstrations only. An answer in which a worked critique finds nothing is a demonstration,
     too: a person wrote it to be right.
     """
-    demonstrations, twice = _read(read_conversations, config.demonstrations, sources, lambda c: c.prompt)
-    critiques, twice_critiques = _read(read_critiques, config.critiques, sources, lambda c: f"{c.prompt} {c.principle}")
+    demonstrations, twice = _read(read_conversations, config.demonstrations, sources, _said)
+    critiques, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised)
     train = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "train"]
     heldout = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
     # Without held-out conversations nobody would know what perplexity a policy costs, which promotion asks for.
     for rows, what in ((train, "training conversation"), (heldout, "held-out conversation")):
         _need(rows, what, "sft_dataset.demonstrations", config.demonstrations)
-    shown = {normalise(c.prompt) for c in train}
-    approved = [c for c in map(approved_answer, taught) if c is not None and normalise(c.prompt) not in shown]
+    shown = {folded(c.prompt) for c in train}
+    approved = [c for c in map(approved_answer, taught) if c is not None and folded(c.prompt) not in shown]
     write_jsonl(out / "train.jsonl", [*train, *approved, *map(critique_conversation, taught)])
     write_jsonl(out / "heldout.jsonl", heldout)
     return {
@@ -104,8 +105,8 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
     Comparisons come from two places: preferences, and worked critiques, whose revision a person wrote to be better than the
     answer. The latter are what teaches a scorer that declining well beats complying.
     """
-    pairs, twice = _read(read_preferences, config.preferences, sources, lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
-    worked, twice_critiques = _read(read_critiques, config.critiques, sources, lambda c: f"{c.prompt} {c.principle}")
+    pairs, twice = _read(read_preferences, config.preferences, sources, _compared)
+    worked, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised)
     pairs += [revision_preferred(c) for c in worked if c.revision is not None]
     parts: dict[str, list] = {"reward_train": [], "evaluator_train": [], "heldout": []}
     for pair in pairs:
@@ -151,15 +152,15 @@ def revision_preferred(critique: CritiqueDemonstration) -> PreferencePair:
 
 def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
     """Write `train.jsonl` and `heldout.jsonl` (prompts with tags), `problems_train.jsonl` and `problems_heldout.jsonl`."""
-    prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: p.prompt)
+    prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: [p.prompt])
     # Ordered by a hash, so that "the first n" (max_prompts) is a random sample whatever order the file has.
-    prompts = sorted(prompts, key=lambda p: position(p.prompt, "order"))
+    prompts = sorted(prompts, key=_anywhere)
     sides = {side: [p for p in prompts if split_of(p.prompt, config.heldout_fraction) == side] for side in ("train", "heldout")}
     for side, rows in sides.items():
         _need(rows, f"{side} prompt", "prompts.prompts", config.prompts)
         write_jsonl(out / f"{side}.jsonl", rows)
-    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: f"{p.prompt} {p.answer}")
-    problems = sorted(problems, key=lambda p: position(p.prompt, "order"))
+    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: [p.prompt, p.answer])
+    problems = sorted(problems, key=_anywhere)
     counts = {}
     for side in ("train", "heldout"):
         rows = [p for p in problems if split_of(p.prompt, config.heldout_fraction) == side]
@@ -179,8 +180,24 @@ def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
     path.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
 
 
-def _read(reader, names: Sequence[str], sources: dict[str, str], key) -> tuple[list, int]:
-    return deduplicate([record for name in names for record in reader(sources[name])], key)
+def _read(reader, names: Sequence[str], sources: dict[str, str], texts) -> tuple[list, int]:
+    return deduplicate([record for name in names for record in reader(sources[name])], texts)
+
+
+def _anywhere(row: Prompt | Problem) -> tuple[float, str]:
+    return position(row.prompt, "order"), folded(row.prompt)
+
+
+def _said(conversation: Conversation) -> list[str]:
+    return [text for m in conversation.messages for text in (m.role, m.content)]
+
+
+def _compared(pair: PreferencePair) -> list[str]:
+    return [*(text for m in pair.history for text in (m.role, m.content)), pair.prompt, pair.chosen, pair.rejected]
+
+
+def _criticised(critique: CritiqueDemonstration) -> list[str]:
+    return [critique.prompt, critique.principle, critique.response]
 
 
 def _need(rows: Sequence, what: str, key: str, names: Sequence[str], settings: str = "heldout_fraction") -> None:

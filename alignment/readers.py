@@ -59,7 +59,7 @@ from alignment.records import (
     Record,
     ReviewedPair,
 )
-from alignment.splits import normalise
+from alignment.splits import folded
 
 Source = str | os.PathLike[str]
 R = TypeVar("R")
@@ -170,19 +170,17 @@ def read_records(path: Path, kind: type[Kind]) -> list[Kind]:
     return records
 
 
-def deduplicate(records: Iterable[R], key: Callable[[R], str]) -> tuple[list[R], int]:
-    """The first record of each normalised `key(record)`, in order, and how many later ones were removed.
+def deduplicate(records: Iterable[R], texts: Callable[[R], Iterable[str]]) -> tuple[list[R], int]:
+    """The first of the records whose `texts(record)` are the same but for case and white space, in order, and how many later
+    ones were removed.
 
-    Normalising drops punctuation, so "2 + 3?" and "2 - 3?" are one key: give problems a key with prompt and answer.
-    A key of nothing but punctuation or emoji is compared as it stands.
+    Punctuation counts, as it does not for the split: "2 + 3?" is another question than "2 - 3?".
     """
-    first: dict[tuple[str, str], R] = {}
+    first: dict[tuple[str, ...], R] = {}
     total = 0
     for record in records:
         total += 1
-        text = key(record)
-        words = normalise(text)
-        first.setdefault((words, "" if words else text.strip()), record)
+        first.setdefault(tuple(map(folded, texts(record))), record)
     return list(first.values()), total - len(first)
 
 

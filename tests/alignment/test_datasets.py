@@ -25,8 +25,8 @@ from alignment.readers import (
     read_prompts,
     read_records,
 )
-from alignment.records import PreferencePair, Problem
-from alignment.splits import normalise, split_of
+from alignment.records import Conversation, PreferencePair, Problem, Prompt
+from alignment.splits import folded, normalise, split_of
 
 DATA = Path(__file__).parents[2] / "data"
 N = 120
@@ -109,7 +109,7 @@ def critiqued_prompts(conversations, sources):
 
 
 def revisions_preferred(sources):
-    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: f"{c.prompt} {c.principle}")
+    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: [c.prompt, c.principle, c.response])
     return [
         PreferencePair(id=c.id, prompt=c.prompt, chosen=c.revision, rejected=c.response, domain=c.constitution)
         for c in given
@@ -145,12 +145,12 @@ def test_reward_model_and_evaluator_learn_from_disjoint_prompts(built):
 
 def test_every_row_arrives_on_one_side_once_and_is_counted(built):
     sources, folder, counts = built
-    for name, read, parts, key in (
+    for name, read, parts, texts in (
         ("preferences", read_preferences, ("reward_train", "evaluator_train", "heldout"), None),
-        ("prompts", read_prompts, ("train", "heldout"), lambda p: p.prompt),
+        ("prompts", read_prompts, ("train", "heldout"), lambda p: [p.prompt]),
     ):
-        key = key or (lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
-        given, twice = deduplicate(read(sources[f"data/{name}.jsonl"]), key)
+        texts = texts or (lambda p: [p.prompt, p.chosen, p.rejected])
+        given, twice = deduplicate(read(sources[f"data/{name}.jsonl"]), texts)
         if name == "preferences":
             given = [*given, *revisions_preferred(sources)]
         written = {part: read(folder / name / f"{part}.jsonl") for part in parts}
@@ -168,7 +168,7 @@ def test_lessons_follow_the_prompts_they_are_about(built):
     assert prompts
     assert {split_of(p, 0.25) for p in prompts} == {"train"}
     assert not [c for c in heldout if c.category == "critique"]
-    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: f"{c.prompt} {c.principle}")
+    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: [c.prompt, c.principle, c.response])
     expected = [c for c in given if split_of(c.prompt, 0.25) == "train"]
     assert sorted({normalise(p) for p in prompts}) == sorted({normalise(c.prompt) for c in expected})
     assert {c.critique for c in expected} == {c.messages[1].content for c in lessons}
@@ -176,9 +176,9 @@ def test_lessons_follow_the_prompts_they_are_about(built):
     assert counts["sft"]["rows/train"] == len(train)
     assert counts["sft"]["rows/train_critiques"] == len(lessons)
     approved = [c for c in train if c.category == "approved"]
-    told = {normalise(c.prompt) for c in train if c.category not in {"critique", "approved"}}
+    told = {folded(c.prompt) for c in train if c.category not in {"critique", "approved"}}
     assert {(c.prompt, c.messages[1].content) for c in approved} == {
-        (c.prompt, c.response) for c in expected if c.revision is None and normalise(c.prompt) not in told
+        (c.prompt, c.response) for c in expected if c.revision is None and folded(c.prompt) not in told
     }
     assert counts["sft"]["rows/train_approved_answers"] == len(approved)
     assert counts["sft"]["rows/train_demonstrations"] == len(train) - len(lessons) - len(approved)
@@ -187,7 +187,7 @@ def test_lessons_follow_the_prompts_they_are_about(built):
 
 def test_the_share_of_longer_chosen_answers_is_over_all_pairs(built):
     sources, _, counts = built
-    pairs, _ = deduplicate(read_preferences(sources["data/preferences.jsonl"]), lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
+    pairs, _ = deduplicate(read_preferences(sources["data/preferences.jsonl"]), lambda p: [p.prompt, p.chosen, p.rejected])
     pairs += revisions_preferred(sources)
     longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
     assert counts["preferences"]["share_chosen_longer"] == pytest.approx(longer)
@@ -288,6 +288,88 @@ def test_problems_may_be_left_out(made_up, tmp_path):
     counts = build_prompts(PromptsConfig(problems=[]), made_up, tmp_path)
     assert counts["rows/problems_train"] == counts["rows/problems_heldout"] == 0
     assert read_records(tmp_path / "problems_train.jsonl", Problem) == []
+
+
+def written(folder, kind, *parts):
+    return {part: read_records(folder / f"{part}.jsonl", kind) for part in parts}
+
+
+# Questions that differ in punctuation only stay, and are on one side.
+ALIKE = ["Sort a list in C++?", "Sort a list in C#?", "What is 12 + 7?", "What is 12 - 7?"]
+FILL = [f"Question {i}?" for i in range(40)]
+
+
+def test_prompts_that_differ_in_punctuation_are_no_duplicates_and_on_one_side(tmp_path):
+    rows = [{"prompt": p} for p in [*ALIKE, ALIKE[0].upper(), *FILL]]
+    sums = [{"prompt": p, "answer": "19"} for p in [*ALIKE, f" {ALIKE[2]}"]]
+    orders = []
+    for order in (rows, rows[::-1]):
+        sources = {
+            "data/prompts.jsonl": write(tmp_path / "p.jsonl", order),
+            "data/reasoning.jsonl": write(tmp_path / "q.jsonl", sums),
+        }
+        counts = build_prompts(PromptsConfig(), sources, tmp_path)
+        assert (counts["rows/duplicates_removed"], counts["rows/problems_duplicates_removed"]) == (1, 1)
+        parts = written(tmp_path, Prompt, "train", "heldout")
+        orders.append([folded(p.prompt) for part in parts.values() for p in part])
+        for kind, names in ((Prompt, ("train", "heldout")), (Problem, ("problems_train", "problems_heldout"))):
+            train, heldout = ({normalise(p.prompt) for p in part} for part in written(tmp_path, kind, *names).values())
+            assert not train & heldout
+    assert sorted(orders[0]) == sorted(map(folded, [*ALIKE, *FILL]))
+    assert orders[0] == orders[1]
+
+
+def test_conversations_are_duplicates_only_if_every_turn_is_the_same(tmp_path):
+    def talk(*contents, system=None):
+        turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, contents, strict=False)]
+        return {"messages": [*([{"role": "system", "content": system}] if system else []), *turns]}
+
+    talks = [
+        talk("Hi", "Hello", "How do eggs boil?", "In water."),
+        talk("Hi", "Hello", "How do peas boil?", "In water."),
+        talk("Hi", "Good morning"),
+        talk("Hi", "Good morning", system="Be polite."),
+        talk("Hi", "Good morning", system="Be curt."),
+    ]
+    again = [talk("hi ", "Good  morning"), talk("Hi", "good morning", system="BE CURT.")]
+    fill = [{"prompt": p, "completion": "a"} for p in FILL]
+    sources = {"data/demonstrations.jsonl": write(tmp_path / "talks.jsonl", [*talks, *again, *fill])}
+    counts = build_sft_dataset(SftDatasetConfig(critiques=[]), sources, tmp_path)
+    assert counts["rows/duplicates_removed"] == len(again)
+    kept = [c for rows in written(tmp_path, Conversation, "train", "heldout").values() for c in rows if c.prompt == "Hi"]
+    assert sorted(len(c.messages) for c in kept) == [2, 3, 3, 4, 4]
+
+
+def test_pairs_are_duplicates_only_if_the_turns_before_them_are_the_same_too(tmp_path):
+    def pair(prompt, before=None, chosen="So.", rejected="Not so."):
+        history = [{"role": "user", "content": before}, {"role": "assistant", "content": "Yes."}] if before else []
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "history": history}
+
+    pairs = [pair("And then?"), pair("And then?", "Rice?"), pair("And then?", "Peas?"), pair("And then?", chosen="So!")]
+    again = [pair("and  then?", "rice?")]
+    sources = {"data/preferences.jsonl": write(tmp_path / "p.jsonl", [*pairs, *again, *map(pair, FILL)])}
+    counts = build_human_preferences(HumanPreferencesConfig(critiques=[]), sources, tmp_path)
+    assert counts["rows/duplicates_removed"] == 1
+    kept = written(tmp_path, PreferencePair, "reward_train", "evaluator_train", "heldout")
+    assert len([p for rows in kept.values() for p in rows if p.prompt == "And then?"]) == len(pairs)
+
+
+def test_worked_critiques_of_two_answers_to_one_prompt_are_no_duplicates(tmp_path):
+    prompt = next(p for p in FILL if split_of(p, 0.25) == "train")
+    bad = {"constitution": "c", "principle": "Be kind.", "prompt": prompt, "response": "Go away.", "critique": "Rude."}
+    good = {**bad, "response": "Gladly!", "critique": f"{NO_VIOLATIONS}.", "revision": None}
+    rows = [{**bad, "revision": "Gladly."}, good, {**good, "response": "gladly! "}]
+    sources = {
+        "data/demonstrations.jsonl": write(tmp_path / "d.jsonl", [{"prompt": f"{p}?", "completion": "a"} for p in FILL]),
+        "data/critiques.jsonl": write(tmp_path / "c.jsonl", rows),
+        "data/preferences.jsonl": write(tmp_path / "p.jsonl", [{"prompt": p, "chosen": "a", "rejected": "b"} for p in FILL]),
+    }
+    counts = build_sft_dataset(SftDatasetConfig(), sources, tmp_path)
+    assert (counts["rows/train_critiques"], counts["rows/duplicates_removed"]) == (2, 1)
+    # the demonstrations ask "Question 0??", which is another prompt
+    assert counts["rows/train_approved_answers"] == 1
+    counts = build_human_preferences(HumanPreferencesConfig(), sources, tmp_path)
+    assert (counts["rows/from_critiques"], counts["rows/duplicates_removed"]) == (1, 1)
 
 
 def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):

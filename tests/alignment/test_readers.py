@@ -615,16 +615,18 @@ def test_a_missing_file_of_the_pipelines_own_is_named(tmp_path):
 # --- Deduplication and properties -------------------------------------------------------------------------------------
 
 
-def test_deduplicate_keeps_the_first_of_each_normalised_key():
-    texts = ["What's up?", "Eggs", "what s UP", "\uff45\uff47\uff47\uff53!", "ham"]
-    kept, removed = deduplicate([Prompt(id=str(i), prompt=t) for i, t in enumerate(texts)], key=lambda p: p.prompt)
-    assert ([p.id for p in kept], removed) == (["0", "1", "4"], 2)
-    assert deduplicate(kept, key=lambda p: p.prompt) == (kept, 0)
-    assert deduplicate([], key=str) == ([], 0)
+def test_deduplicate_keeps_the_first_of_what_differs_in_case_and_white_space_only():
+    texts = ["What's up?", "Eggs", " what's  UP?\n", "eggs\u00a0", "Eggs!", "ham"]
+    kept, removed = deduplicate([Prompt(id=str(i), prompt=t) for i, t in enumerate(texts)], lambda p: [p.prompt])
+    assert ([p.id for p in kept], removed) == (["0", "1", "4", "5"], 2)
+    assert deduplicate(kept, lambda p: [p.prompt]) == (kept, 0)
+    assert deduplicate([], lambda p: [p.prompt]) == ([], 0)
 
 
-def test_deduplicate_does_not_take_all_wordless_text_for_the_same():
-    assert deduplicate(["👍", "?", "👎", " ? "], key=str) == (["👍", "?", "👎"], 1)
+def test_deduplicate_compares_punctuation_and_each_text_for_itself():
+    signs = [["👍"], ["?"], ["👎"], [" ? "], ["2 + 3?"], ["2 - 3?"], ["a b", "c"], ["a", "b c"]]
+    kept, removed = deduplicate(signs, list)
+    assert (kept, removed) == ([s for s in signs if s != [" ? "]], 1)
 
 
 SIGNS = "aZ 7é-ßЖ漢字👍🏽\n\t\r\"',;:{}[]\\|\u2028\u00a0<|im_end|>$#"
