@@ -6,6 +6,7 @@ duplicates if all that is said in them is the same but for case and white space.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -77,8 +78,9 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
     `heldout.jsonl` holds plain demonstrations only. An answer in which a worked critique finds nothing is a demonstration,
     too: a person wrote it to be right.
     """
-    demonstrations, twice = _read(read_conversations, config.demonstrations, sources, _said)
-    critiques, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised)
+    taken: set[str] = set()
+    demonstrations, twice = _read(read_conversations, config.demonstrations, sources, _said, taken)
+    critiques, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised, taken)
     train = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "train"]
     heldout = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
@@ -87,7 +89,7 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
         _need(rows, what, "sft_dataset.demonstrations", config.demonstrations)
     shown = {folded(c.prompt) for c in train}
     approved = [c for c in map(approved_answer, taught) if c is not None and folded(c.prompt) not in shown]
-    write_jsonl(out / "train.jsonl", [*train, *approved, *map(critique_conversation, taught)])
+    write_jsonl(out / "train.jsonl", [*train, *_with_own_ids(approved, taken), *map(critique_conversation, taught)])
     write_jsonl(out / "heldout.jsonl", heldout)
     return {
         "rows/train": len(train) + len(approved) + len(taught),
@@ -105,8 +107,9 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
     Comparisons come from two places: preferences, and worked critiques, whose revision a person wrote to be better than the
     answer. The latter are what teaches a scorer that declining well beats complying.
     """
-    pairs, twice = _read(read_preferences, config.preferences, sources, _compared)
-    worked, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised)
+    taken: set[str] = set()
+    pairs, twice = _read(read_preferences, config.preferences, sources, _compared, taken)
+    worked, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised, taken)
     pairs += [revision_preferred(c) for c in worked if c.revision is not None]
     parts: dict[str, list] = {"reward_train": [], "evaluator_train": [], "heldout": []}
     for pair in pairs:
@@ -152,14 +155,14 @@ def revision_preferred(critique: CritiqueDemonstration) -> PreferencePair:
 
 def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
     """Write `train.jsonl` and `heldout.jsonl` (prompts with tags), `problems_train.jsonl` and `problems_heldout.jsonl`."""
-    prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: [p.prompt])
+    prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: [p.prompt], set())
     # Ordered by a hash, so that "the first n" (max_prompts) is a random sample whatever order the file has.
     prompts = sorted(prompts, key=_anywhere)
     sides = {side: [p for p in prompts if split_of(p.prompt, config.heldout_fraction) == side] for side in ("train", "heldout")}
     for side, rows in sides.items():
         _need(rows, f"{side} prompt", "prompts.prompts", config.prompts)
         write_jsonl(out / f"{side}.jsonl", rows)
-    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: [p.prompt, p.answer])
+    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: [p.prompt, p.answer], set())
     problems = sorted(problems, key=_anywhere)
     counts = {}
     for side in ("train", "heldout"):
@@ -180,8 +183,24 @@ def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
     path.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
 
 
-def _read(reader, names: Sequence[str], sources: dict[str, str], texts) -> tuple[list, int]:
-    return deduplicate([record for name in names for record in reader(sources[name])], texts)
+def _read(reader, names: Sequence[str], sources: dict[str, str], texts, taken: set[str]) -> tuple[list, int]:
+    """The records of all sources without duplicates, of which there were so many; their ids are entered in `taken`."""
+    records, twice = deduplicate([record for name in names for record in reader(sources[name])], texts)
+    return _with_own_ids(records, taken), twice
+
+
+def _with_own_ids(records: Iterable, taken: set[str]) -> list:
+    """The records, with a number behind each id that is in `taken` already, where all ids are entered.
+
+    Ids are unique in a file only, and many files number their rows from 1. What follows a record does not change its id.
+    """
+    out = []
+    for record in records:
+        numbered = (f"{record.id}-{n}" for n in itertools.count(2))
+        own = record.id if record.id not in taken else next(name for name in numbered if name not in taken)
+        taken.add(own)
+        out.append(record if own == record.id else record.model_copy(update={"id": own}))
+    return out
 
 
 def _anywhere(row: Prompt | Problem) -> tuple[float, str]:

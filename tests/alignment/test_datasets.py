@@ -372,6 +372,71 @@ def test_worked_critiques_of_two_answers_to_one_prompt_are_no_duplicates(tmp_pat
     assert (counts["rows/from_critiques"], counts["rows/duplicates_removed"]) == (1, 1)
 
 
+def test_rows_of_several_files_that_number_alike_get_ids_of_their_own(tmp_path):
+    def source(folder, kind, **columns):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return write(tmp_path / folder / f"{kind}.jsonl", [{"id": i, "prompt": f"{folder} {i}?", **columns} for i in range(40)])
+
+    worked = {"constitution": "c", "principle": "Be kind.", "response": "No."}
+    sources = {}
+    for folder in "ab":
+        sources |= {
+            f"{folder}/talks": source(folder, "talks", completion="So."),
+            f"{folder}/pairs": source(folder, "pairs", chosen="So.", rejected="Not so."),
+            f"{folder}/critiques": source(folder, "critiques", critique="Curt.", revision="Yes.", **worked),
+            f"{folder}/prompts": source(folder, "prompts"),
+            f"{folder}/problems": source(folder, "problems", answer="4"),
+        }
+    first, again, third, fourth = ([f"{i}{end}" for i in range(40)] for end in ("", "-2", "-3", "-4"))
+    two = {kind: [f"a/{kind}", f"b/{kind}"] for kind in ("talks", "pairs", "critiques", "prompts", "problems")}
+
+    build_human_preferences(HumanPreferencesConfig(preferences=two["pairs"], critiques=two["critiques"]), sources, tmp_path)
+    parts = ("reward_train", "evaluator_train", "heldout")
+    pairs = [p for part in parts for p in read_preferences(tmp_path / f"{part}.jsonl")]
+    assert sorted(p.id for p in pairs) == sorted([*first, *again, *third, *fourth])
+    assert {p.id for p in pairs if p.prompt.startswith("a") and p.source == "human"} == set(first)
+    assert {p.id for p in pairs if p.prompt.startswith("b") and p.source == "critique"} == set(fourth)
+
+    build_sft_dataset(SftDatasetConfig(demonstrations=two["talks"], critiques=two["critiques"]), sources, tmp_path)
+    talks = [*read_conversations(tmp_path / "train.jsonl"), *read_conversations(tmp_path / "heldout.jsonl")]
+    assert len({c.id for c in talks}) == len(talks)
+    assert {c.id for c in talks if c.category != "critique"} == {*first, *again}
+
+    build_prompts(PromptsConfig(prompts=two["prompts"], problems=two["problems"]), sources, tmp_path)
+    for read, names in ((read_prompts, ("train", "heldout")), (read_problems, ("problems_train", "problems_heldout"))):
+        rows = [row for name in names for row in read(tmp_path / f"{name}.jsonl")]
+        assert sorted(row.id for row in rows) == sorted([*first, *again])
+
+
+def test_files_of_one_name_without_ids_get_ids_of_their_own(tmp_path):
+    sources = {}
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        sources[folder] = write(tmp_path / folder / "train.jsonl", [{"prompt": f"{folder} {i}?"} for i in range(20)])
+    build_prompts(PromptsConfig(prompts=["a", "b"], problems=[]), sources, tmp_path)
+    rows = [*read_prompts(tmp_path / "train.jsonl"), *read_prompts(tmp_path / "heldout.jsonl")]
+    ids = [f"train-{i}" for i in range(1, 21)]
+    assert sorted(row.id for row in rows) == sorted([*ids, *(f"{i}-2" for i in ids)])
+
+
+def test_an_id_depends_on_the_rows_before_alone(tmp_path):
+    sources = {
+        "a": write(tmp_path / "a.jsonl", [{"id": "x", "prompt": "a?"}, {"id": "y", "prompt": "b?"}]),
+        "b": write(tmp_path / "b.jsonl", [{"id": "x", "prompt": "c?"}, {"id": "x-2", "prompt": "d?"}]),
+        "c": write(
+            tmp_path / "c.jsonl", [{"id": "x", "prompt": "e?"}, {"id": "z", "prompt": "A?"}, {"id": "z-1", "prompt": "f?"}]
+        ),
+        "more": write(tmp_path / "more.jsonl", [{"prompt": p} for p in FILL]),
+    }
+    ids = {"a?": "x", "b?": "y", "c?": "x-2", "d?": "x-2-2", "e?": "x-3", "f?": "z-1"}
+    for names in (["a", "b", "c", "more"], ["a", "b", "more"]):
+        build_prompts(PromptsConfig(prompts=names, problems=[]), sources, tmp_path)
+        rows = [*read_prompts(tmp_path / "train.jsonl"), *read_prompts(tmp_path / "heldout.jsonl")]
+        known = {row.prompt: row.id for row in rows if row.prompt in ids}
+        assert known == {prompt: ids[prompt] for prompt in known}
+        assert len(known) == (6 if "c" in names else 4)
+
+
 def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):
     heldout = next(p for i in range(99) if split_of(p := f"Prompt {i}", 0.25) == "heldout")
     train = [p for i in range(99) if split_of(p := f"Prompt {i}", 0.25) == "train"]
