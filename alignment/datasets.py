@@ -23,7 +23,15 @@ from alignment.readers import (
     read_problems,
     read_prompts,
 )
-from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair, Problem, Prompt
+from alignment.records import (
+    PIPELINE_SOURCES,
+    Conversation,
+    CritiqueDemonstration,
+    Message,
+    PreferencePair,
+    Problem,
+    Prompt,
+)
 from alignment.splits import folded, position, split_of, split_of_turns
 
 CODE_VERSION = "2"
@@ -106,10 +114,13 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
 
     Comparisons come from two places: preferences, and worked critiques, whose revision a person wrote to be better than the
     answer. The latter are what teaches a scorer that declining well beats complying.
+    A column `source` in a user's file may say anything, such as where a prompt comes from; the comparison is a person's all the
+    same, unless the pipeline made it.
     """
     taken: set[str] = set()
     pairs, twice = _read(read_preferences, config.preferences, sources, _compared, taken)
     worked, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised, taken)
+    pairs = [pair if pair.source in PIPELINE_SOURCES else pair.model_copy(update={"source": "human"}) for pair in pairs]
     pairs += [revision_preferred(c) for c in worked if c.revision is not None]
     parts: dict[str, list] = {"reward_train": [], "evaluator_train": [], "heldout": []}
     for pair in pairs:

@@ -14,6 +14,7 @@ from alignment.datasets import (
     build_prompts,
     build_sft_dataset,
 )
+from alignment.methods.pairs import training_pairs
 from alignment.readers import (
     NO_VIOLATIONS,
     DataError,
@@ -435,6 +436,19 @@ def test_an_id_depends_on_the_rows_before_alone(tmp_path):
         known = {row.prompt: row.id for row in rows if row.prompt in ids}
         assert known == {prompt: ids[prompt] for prompt in known}
         assert len(known) == (6 if "c" in names else 4)
+
+
+def test_a_users_pairs_are_human_pairs_whatever_their_column_source_says(made_up, tmp_path):
+    rows = [{"prompt": p, "chosen": "So.", "rejected": "Not so.", "source": "sharegpt"} for p in FILL]
+    made = [{**row, "prompt": f"Made {i}?", "source": "constitutional"} for i, row in enumerate(rows)]
+    reviewed = [{**row, "prompt": f"Reviewed {i}?", "source": "human"} for i, row in enumerate(rows)]
+    sources = made_up | {"data/preferences.jsonl": write(tmp_path / "p.jsonl", [*rows, *made, *reviewed])}
+    build_human_preferences(HumanPreferencesConfig(), sources, tmp_path)
+    pairs = read_records(tmp_path / "reward_train.jsonl", PreferencePair)
+    constitutional = PreferencePair(id="c", prompt="c", chosen="a", rejected="b", source="constitutional")
+    joined = [p.prompt for p in training_pairs([constitutional], pairs, -1, seed=0) if p != constitutional]
+    assert {prompt.split()[0] for prompt in joined} == {"Question", "Reviewed"}
+    assert sorted(joined) == sorted(p.prompt for p in pairs if p.prompt.startswith(("Question", "Reviewed")))
 
 
 def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):
