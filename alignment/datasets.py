@@ -7,13 +7,16 @@ duplicates if all that is said in them is the same but for case and white space.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
 from alignment.critique import critique_conversation
 from alignment.models import Config
+from alignment.progress import SILENT, Log
 from alignment.readers import (
     DataError,
     deduplicate,
@@ -35,6 +38,8 @@ from alignment.records import (
 from alignment.splits import folded, position, split_of, split_of_turns
 
 CODE_VERSION = "2"
+MAX_SKIPPED = 0.05  # share of a Hub data set's rows that may be unusable
+_SHOWN = 3  # reasons why rows were skipped, in the log
 
 
 class SftDatasetConfig(Config):
@@ -79,16 +84,16 @@ class PromptsConfig(Config):
     heldout_fraction: float = Field(0.25, gt=0, lt=1, description="Share of prompts held out")
 
 
-def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
+def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Path, *, log: Log = SILENT) -> dict[str, float]:
     """Write `train.jsonl` and `heldout.jsonl` (conversations). `sources` maps a configured name to what is to be read.
 
     A worked critique is on the side of the prompt it criticises an answer to; held-out critiques are left out, so that
     `heldout.jsonl` holds plain demonstrations only. An answer in which a worked critique finds nothing is a demonstration,
     too: a person wrote it to be right.
     """
-    taken: set[str] = set()
-    demonstrations, twice = _read(read_conversations, config.demonstrations, sources, _said, taken)
-    critiques, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised, taken)
+    reading, taken = _Reading(sources, log), set()
+    demonstrations, twice = reading.records(read_conversations, config.demonstrations, _said, taken)
+    critiques, twice_critiques = reading.records(read_critiques, config.critiques, _criticised, taken)
     train = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "train"]
     heldout = [c for c in demonstrations if split_of_turns(c.user_turns, config.heldout_fraction) == "heldout"]
     taught = [c for c in critiques if split_of(c.prompt, config.heldout_fraction) == "train"]
@@ -106,10 +111,13 @@ def build_sft_dataset(config: SftDatasetConfig, sources: dict[str, str], out: Pa
         "rows/train_critiques": len(taught),
         "rows/heldout": len(heldout),
         "rows/duplicates_removed": twice + twice_critiques,
+        **reading.counts(),
     }
 
 
-def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
+def build_human_preferences(
+    config: HumanPreferencesConfig, sources: dict[str, str], out: Path, *, log: Log = SILENT
+) -> dict[str, float]:
     """Write `reward_train.jsonl`, `evaluator_train.jsonl` and `heldout.jsonl` (pairs), disjoint by prompt.
 
     Comparisons come from two places: preferences, and worked critiques, whose revision a person wrote to be better than the
@@ -117,9 +125,9 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
     A column `source` in a user's file may say anything, such as where a prompt comes from; the comparison is a person's all the
     same, unless the pipeline made it.
     """
-    taken: set[str] = set()
-    pairs, twice = _read(read_preferences, config.preferences, sources, _compared, taken)
-    worked, twice_critiques = _read(read_critiques, config.critiques, sources, _criticised, taken)
+    reading, taken = _Reading(sources, log), set()
+    pairs, twice = reading.records(read_preferences, config.preferences, _compared, taken)
+    worked, twice_critiques = reading.records(read_critiques, config.critiques, _criticised, taken)
     pairs = [pair if pair.source in PIPELINE_SOURCES else pair.model_copy(update={"source": "human"}) for pair in pairs]
     pairs += [revision_preferred(c) for c in worked if c.revision is not None]
     parts: dict[str, list] = {"reward_train": [], "evaluator_train": [], "heldout": []}
@@ -141,6 +149,7 @@ def build_human_preferences(config: HumanPreferencesConfig, sources: dict[str, s
         "rows/from_critiques": sum(p.source == "critique" for p in pairs),
         "rows/duplicates_removed": twice + twice_critiques,
         "share_chosen_longer": longer,
+        **reading.counts(),
     }
 
 
@@ -164,16 +173,17 @@ def revision_preferred(critique: CritiqueDemonstration) -> PreferencePair:
     )
 
 
-def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> dict[str, float]:
+def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path, *, log: Log = SILENT) -> dict[str, float]:
     """Write `train.jsonl` and `heldout.jsonl` (prompts with tags), `problems_train.jsonl` and `problems_heldout.jsonl`."""
-    prompts, twice = _read(read_prompts, config.prompts, sources, lambda p: [p.prompt], set())
+    reading = _Reading(sources, log)
+    prompts, twice = reading.records(read_prompts, config.prompts, lambda p: [p.prompt], set())
     # Ordered by a hash, so that "the first n" (max_prompts) is a random sample whatever order the file has.
     prompts = sorted(prompts, key=_anywhere)
     sides = {side: [p for p in prompts if split_of(p.prompt, config.heldout_fraction) == side] for side in ("train", "heldout")}
     for side, rows in sides.items():
         _need(rows, f"{side} prompt", "prompts.prompts", config.prompts)
         write_jsonl(out / f"{side}.jsonl", rows)
-    problems, twice_problems = _read(read_problems, config.problems, sources, lambda p: [p.prompt, p.answer], set())
+    problems, twice_problems = reading.records(read_problems, config.problems, lambda p: [p.prompt, p.answer], set())
     problems = sorted(problems, key=_anywhere)
     counts = {}
     for side in ("train", "heldout"):
@@ -186,6 +196,7 @@ def build_prompts(config: PromptsConfig, sources: dict[str, str], out: Path) -> 
         "rows/duplicates_removed": twice,
         **counts,
         "rows/problems_duplicates_removed": twice_problems,
+        **reading.counts(),
     }
 
 
@@ -194,10 +205,44 @@ def write_jsonl(path: Path, rows: Iterable[BaseModel]) -> None:
     path.write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
 
 
-def _read(reader, names: Sequence[str], sources: dict[str, str], texts, taken: set[str]) -> tuple[list, int]:
-    """The records of all sources without duplicates, of which there were so many; their ids are entered in `taken`."""
-    records, twice = deduplicate([record for name in names for record in reader(sources[name])], texts)
-    return _with_own_ids(records, taken), twice
+@dataclass
+class _Reading:
+    """Reads the sources of a data set. Files are read strictly; bad rows of a Hub data set, which nobody can mend there, are
+    skipped: `skipped` counts them by source."""
+
+    sources: dict[str, str]
+    log: Log
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def records(self, reader: Callable, names: Sequence[str], texts: Callable, taken: set[str]) -> tuple[list, int]:
+        """The records of some sources without duplicates, of which there were so many; their ids are entered in `taken`."""
+        records, twice = deduplicate([record for name in names for record in self._source(reader, name)], texts)
+        return _with_own_ids(records, taken), twice
+
+    def counts(self) -> dict[str, float]:
+        """How many rows were skipped, if any source is on the Hub."""
+        return {"rows/skipped": sum(self.skipped.values())} if self.skipped else {}
+
+    def _source(self, reader: Callable, name: str) -> list:
+        source = self.sources[name]
+        if os.path.exists(source):
+            return reader(source)
+        errors: list[DataError] = []
+        records = reader(source, skipped=errors)
+        self.skipped[name] = len(errors)
+        total = len(records) + len(errors)
+        if len(errors) > MAX_SKIPPED * total:
+            raise DataError(
+                name,
+                f"{len(errors)} of {total} rows cannot be used, and more than {MAX_SKIPPED:.0%} is too many to skip; the first: "
+                f"{errors[0].finding}",
+                "name another data set or split, or save the data as .jsonl and mend these rows",
+            )
+        if errors:
+            self.log.say(f"{name}: skipped {len(errors)} of {total} rows, which cannot be used")
+        for error in errors[:_SHOWN]:
+            self.log.say(f"skipped: {error.finding}")
+        return records
 
 
 def _with_own_ids(records: Iterable, taken: set[str]) -> list:

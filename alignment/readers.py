@@ -103,9 +103,14 @@ class DataError(UserError):
         self.remedy = " ".join(remedy.split()).rstrip(".")
 
     def __str__(self) -> str:
+        return f"{self.finding}. Remedy: {self.remedy}."
+
+    @property
+    def finding(self) -> str:
+        """What is wrong and where, without the remedy."""
         line = "" if self.line is None else f", {self.unit} {self.line}"
         field = "" if self.field is None else f", field {self.field!r}"
-        return f"{self.file}{line}{field}: {self.problem}. Remedy: {self.remedy}."
+        return f"{self.file}{line}{field}: {self.problem}"
 
 
 def read_conversations(source: Source, limit: int | None = None, *, skipped: list[DataError] | None = None) -> list[Conversation]:

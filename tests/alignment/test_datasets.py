@@ -15,6 +15,7 @@ from alignment.datasets import (
     build_sft_dataset,
 )
 from alignment.methods.pairs import training_pairs
+from alignment.progress import Log
 from alignment.readers import (
     NO_VIOLATIONS,
     DataError,
@@ -449,6 +450,58 @@ def test_a_users_pairs_are_human_pairs_whatever_their_column_source_says(made_up
     joined = [p.prompt for p in training_pairs([constitutional], pairs, -1, seed=0) if p != constitutional]
     assert {prompt.split()[0] for prompt in joined} == {"Question", "Reviewed"}
     assert sorted(joined) == sorted(p.prompt for p in pairs if p.prompt.startswith(("Question", "Reviewed")))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub whose data sets are the rows that a test puts under their names."""
+    import datasets
+    from huggingface_hub import constants
+
+    rows = {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: rows[name])
+    return rows
+
+
+def test_bad_rows_of_a_hub_data_set_are_skipped_counted_and_told(hub, made_up, tmp_path):
+    hub["someone/pairs"] = [{"prompt": f"Question {i}?", "chosen": "So.", "rejected": "Not so."} for i in range(100)]
+    for i in (10, 20, 30, 40, 50):
+        hub["someone/pairs"][i]["chosen"] = ""
+    said = []
+    config = HumanPreferencesConfig(preferences=["someone/pairs", "data/preferences.jsonl"], critiques=[])
+    sources = made_up | {"someone/pairs": "someone/pairs"}
+    counts = build_human_preferences(config, sources, tmp_path, log=Log(say=said.append))
+    assert counts["rows/skipped"] == 5
+    assert counts["rows/reward_train"] + counts["rows/evaluator_train"] + counts["rows/heldout"] == 95 + 2 * N
+    assert said[0] == "someone/pairs: skipped 5 of 100 rows, which cannot be used"
+    assert said[1:] == [f"skipped: someone/pairs, row {i}, field 'chosen': is empty" for i in (11, 21, 31)]
+
+
+def test_rows_skipped_are_counted_over_all_data_sets_on_the_hub_and_only_there(hub, made_up, tmp_path):
+    hub["someone/talks"] = [{"prompt": p, "completion": "So." if i else ""} for i, p in enumerate(FILL)]
+    hub["someone/prompts"] = [{"prompt": p} for p in FILL]
+    sources = made_up | {name: name for name in hub}
+    talks = SftDatasetConfig(demonstrations=["someone/talks"])
+    assert build_sft_dataset(talks, sources, tmp_path)["rows/skipped"] == 1
+    assert build_prompts(PromptsConfig(prompts=["someone/prompts"]), sources, tmp_path)["rows/skipped"] == 0
+    assert "rows/skipped" not in build_prompts(PromptsConfig(), sources, tmp_path)
+
+
+def test_too_many_bad_rows_of_a_hub_data_set_are_an_error(hub, tmp_path):
+    hub["someone/prompts"] = [{"prompt": "" if i in (7, 8, 9) else f"Question {i}?"} for i in range(59)]
+    with pytest.raises(DataError) as caught:
+        build_prompts(PromptsConfig(prompts=["someone/prompts"], problems=[]), {"someone/prompts": "someone/prompts"}, tmp_path)
+    assert str(caught.value).startswith(
+        "someone/prompts: 3 of 59 rows cannot be used, and more than 5% is too many to skip; "
+        "the first: someone/prompts, row 8, field 'prompt': is empty. Remedy: name another data set"
+    )
+
+
+def test_a_bad_row_of_a_local_file_is_an_error_however_rare(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"prompt": p} for p in [*FILL, ""]])
+    with pytest.raises(DataError, match=r"p\.jsonl, line 41, field 'prompt': is empty"):
+        build_prompts(PromptsConfig(problems=[]), {"data/prompts.jsonl": source}, tmp_path)
 
 
 def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):

@@ -287,6 +287,7 @@ def test_error_is_one_line_and_survives_pickling():
     error = DataError("data/pairs.jsonl", "is\n empty", "write the worse answer, or delete the row.", 17, "rejected")
     place, remedy = "data/pairs.jsonl, line 17, field 'rejected'", "write the worse answer, or delete the row."
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == f"{place}: is empty. Remedy: {remedy}"
+    assert error.finding == f"{place}: is empty"
 
 
 # --- What is accepted -------------------------------------------------------------------------------------------------
