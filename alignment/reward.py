@@ -122,6 +122,8 @@ def train_reward_model(
     from trl import RewardConfig as TrlConfig
     from trl import RewardTrainer
 
+    if not train:
+        raise NothingToTrain("there are no training pairs. Remedy: add some, or give those that there are a weight and a share.")
     speed_up()
     tokenizer = load_tokenizer(base.base, config.load.trust_remote_code)
     fitting = [(pair, row) for pair in train if (row := _tokenise(tokenizer, pair, config.max_length)) is not None]
@@ -129,7 +131,7 @@ def train_reward_model(
     if not rows:
         raise NothingToTrain(
             f"none of {len(train)} training pairs fits max_length {config.max_length} tokens. "
-            "Remedy: raise max_length, or give pairs."
+            "Remedy: raise max_length, or give shorter pairs."
         )
     load = config.load
     if config.finetuning == "full":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import dagster as dg
 
 from alignment.ai_feedback import AiComparison
-from alignment.constitutions import Constitution
+from alignment.constitutions import Constitution, no_human_pairs
 from alignment.handles import Checkpoint, PreferenceDataset, RewardModel
 from alignment.readers import read_records
 from alignment.records import PreferencePair
@@ -61,13 +61,16 @@ def reward_model(
     AI feedback with soft labels."""
 
     def pairs(settings: RewardMixConfig, rules: Constitution) -> Sequence[PreferencePair]:
-        human = read_records(store.path(human_preferences) / "reward_train.jsonl", PreferencePair)
+        human = pairs_of(rules, read_records(store.path(human_preferences) / "reward_train.jsonl", PreferencePair))
         constitutional = read_records(store.path(constitutional_preference_pairs) / "pairs.jsonl", PreferencePair)
         feedback = []
         if settings.ai_feedback_weight:
             compared = read_records(store.path(ai_feedback) / "comparisons.jsonl", AiComparison)
             feedback = [comparison.pair(rules.name) for comparison in compared]
-        return reward_training_pairs(pairs_of(rules, human), constitutional, settings, feedback)
+        mixed = reward_training_pairs(human, constitutional, settings, feedback)
+        if not mixed and not human:
+            raise no_human_pairs(rules)
+        return mixed
 
     inputs = {
         "base_model": base_model,
@@ -93,7 +96,10 @@ def evaluator(
     learn from the same domains of human pairs share one."""
 
     def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
-        return pairs_of(rules, read_records(store.path(human_preferences) / "evaluator_train.jsonl", PreferencePair))
+        ours = pairs_of(rules, read_records(store.path(human_preferences) / "evaluator_train.jsonl", PreferencePair))
+        if not ours:
+            raise no_human_pairs(rules)
+        return ours
 
     inputs = {"base_model": base_model, "human_preferences": human_preferences}
     return _train(context, config, inputs, pairs, Tools(store, tracking, dvc), pairs_decide=True)

@@ -214,6 +214,8 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(train):
 def test_nothing_to_train_is_said(train):
     with pytest.raises(NothingToTrain, match="none of 160 training pairs fits max_length 16 tokens"):
         train(max_length=16)
+    with pytest.raises(NothingToTrain, match="there are no training pairs"):
+        train(train=[])
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
