@@ -12,7 +12,6 @@ is left out and counted, and never becomes a score.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from alignment.records import PreferencePair, Prompt, Record, Text, WeightedPair
 from alignment.reward import accuracy_metrics
 from alignment.splits import normalise
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 OPTIONS = ("A", "B")  # their first tokens differ, and an endpoint tells no probabilities of more than the first
 DropReason = Literal["empty", "truncated", "identical", "unreadable"]
 EDGE = 1e-6  # labels stay this far from 0 and 1: no judge is certain
@@ -233,11 +232,6 @@ def measure_judge(
     if taken:
         metrics["heldout/unreadable"] = len(taken) - len(told)
     return metrics, measured
-
-
-def read_comparisons(path: Path) -> list[AiComparison]:
-    """The comparisons of an artifact's `comparisons.jsonl`."""
-    return [AiComparison(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def feedback_metrics(compared: Sequence[Compared]) -> dict[str, float]:

@@ -148,6 +148,15 @@ def no_prompts(constitution: Constitution, further: Sequence[str], where: str) -
     )
 
 
+def no_human_pairs(constitution: Constitution) -> ConstitutionError:
+    """The error that no human pair to train on is of one of a constitution's domains."""
+    return ConstitutionError(
+        f"constitution {constitution.name}: no human pair to train on has one of its preference_domains "
+        f"{list(constitution.preference_domains)}. Remedy: add pairs of such a domain to the files of "
+        "human_preferences.preferences, or correct preference_domains (without it all human pairs count)."
+    )
+
+
 def constitution_names(folder: Path) -> list[str]:
     """The partition keys: stems of all YAML files in the folder, sorted."""
     return sorted(p.stem for p in folder.glob("*.yaml"))

@@ -6,11 +6,11 @@ really written, word for word after normalisation, and so also finds a fraction 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from alignment.readers import read_conversations, read_preferences, read_problems, read_prompts
-from alignment.records import Conversation
+from alignment.readers import read_records
+from alignment.records import Conversation, PreferencePair, Problem, Prompt
 from alignment.splits import normalise
 
 Turns = Sequence[str]  # what the user says in one row, turn by turn
@@ -42,27 +42,22 @@ def leakage(sft_dataset: Path, human_preferences: Path, prompts: Path) -> tuple[
 
     Returns leakage/heldout (rows compared), leakage/leaked, and the leaked rows' first turns.
     """
-    conversations = _rows(read_conversations, sft_dataset / "train.jsonl")
+    conversations = read_records(sft_dataset / "train.jsonl", Conversation)
     train: list[Turns] = [c.user_turns for c in conversations if not _critique(c)]
     for name in ("reward_train", "evaluator_train"):
-        train += [p.user_turns for p in _rows(read_preferences, human_preferences / f"{name}.jsonl")]
+        train += [p.user_turns for p in read_records(human_preferences / f"{name}.jsonl", PreferencePair)]
     train += _prompts(prompts, "train")
-    heldout: list[Turns] = [c.user_turns for c in _rows(read_conversations, sft_dataset / "heldout.jsonl")]
-    heldout += [p.user_turns for p in _rows(read_preferences, human_preferences / "heldout.jsonl")]
+    heldout: list[Turns] = [c.user_turns for c in read_records(sft_dataset / "heldout.jsonl", Conversation)]
+    heldout += [p.user_turns for p in read_records(human_preferences / "heldout.jsonl", PreferencePair)]
     heldout += _prompts(prompts, "heldout")
     leaks = leaked_rows(heldout, train, [c.prompt for c in conversations if _critique(c)])
     return {"leakage/heldout": float(len(heldout)), "leakage/leaked": float(len(leaks))}, leaks
 
 
 def _prompts(folder: Path, side: str) -> list[Turns]:
-    rows = [*_rows(read_prompts, folder / f"{side}.jsonl"), *_rows(read_problems, folder / f"problems_{side}.jsonl")]
-    return [[row.prompt] for row in rows]
+    prompts = read_records(folder / f"{side}.jsonl", Prompt)
+    return [[row.prompt] for row in (*prompts, *read_records(folder / f"problems_{side}.jsonl", Problem))]
 
 
 def _critique(conversation: Conversation) -> bool:
     return conversation.category == "critique"
-
-
-def _rows(reader: Callable[[Path], list], path: Path) -> list:
-    # A part of a data set may be empty (no problems, say), which the readers take for a user's mistake.
-    return reader(path) if path.exists() and path.stat().st_size else []

@@ -19,7 +19,8 @@ The format of a row is recognised by its columns, the first of the reader's list
 - In a transcript, two Assistant turns in a row, of which hh-rlhf has a few, are one turn.
 - A message is {"role": system | user | assistant, "content": text}
   or {"from": system | human | user | gpt | assistant, "value": text}.
-- A list may stand as its JSON text, as it must in CSV. An empty CSV cell is a missing value.
+- A list may stand as its JSON text, as it must in CSV. Where text may stand, too, it is taken for messages only if every item
+  is one: `[{"value": 3}]` is an answer like any other. An empty CSV cell is a missing value.
 - Optional columns: `id` (text or a whole number; else `<file stem>-<line>`), `category` (conversations), `input`
   (beside instruction), `history` (messages before prompt), `domain` and `source` (preferences), `revision` (critiques;
   null when nothing was found), `tags` (prompts; a list, or text with commas), `kind` (problems).
@@ -58,10 +59,11 @@ from alignment.records import (
     Record,
     ReviewedPair,
 )
-from alignment.splits import normalise
+from alignment.splits import folded
 
 Source = str | os.PathLike[str]
 R = TypeVar("R")
+Kind = TypeVar("Kind", bound=Record)
 
 NO_VIOLATIONS = "No violations found"
 """How a critique begins that found nothing; exactly these have no revision."""
@@ -101,9 +103,14 @@ class DataError(UserError):
         self.remedy = " ".join(remedy.split()).rstrip(".")
 
     def __str__(self) -> str:
+        return f"{self.finding}. Remedy: {self.remedy}."
+
+    @property
+    def finding(self) -> str:
+        """What is wrong and where, without the remedy."""
         line = "" if self.line is None else f", {self.unit} {self.line}"
         field = "" if self.field is None else f", field {self.field!r}"
-        return f"{self.file}{line}{field}: {self.problem}. Remedy: {self.remedy}."
+        return f"{self.file}{line}{field}: {self.problem}"
 
 
 def read_conversations(source: Source, limit: int | None = None, *, skipped: list[DataError] | None = None) -> list[Conversation]:
@@ -141,19 +148,44 @@ def read_reviews(source: Source) -> list[ReviewedPair]:
     return _read(source, _REVIEWS, None, None)
 
 
-def deduplicate(records: Iterable[R], key: Callable[[R], str]) -> tuple[list[R], int]:
-    """The first record of each normalised `key(record)`, in order, and how many later ones were removed.
+def read_records(path: Path, kind: type[Kind]) -> list[Kind]:
+    """The records in a file that the pipeline itself wrote (`alignment.datasets.write_jsonl`), exactly as it wrote them.
 
-    Normalising drops punctuation, so "2 + 3?" and "2 - 3?" are one key: give problems a key with prompt and answer.
-    A key of nothing but punctuation or emoji is compared as it stands.
+    No format is guessed here: a model's answer may well look like messages or a transcript. A part without rows is no error.
+
+    Raises:
+        DataError: there is no such file, or a line is no such record.
     """
-    first: dict[tuple[str, str], R] = {}
+    remedy = "materialize the asset that wrote it with force: true; such a file is not to be edited"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError as error:
+        raise DataError(str(path), "no such file", "check the path, or materialize the asset that writes it") from error
+    except OSError as error:
+        raise DataError(str(path), f"cannot be read ({error})", "check the file and its permissions") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                records.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            detail = error.errors()[0]
+            field = ".".join(map(str, detail["loc"])) or None
+            raise DataError(str(path), f"is no {kind.__name__}: {detail['msg']}", remedy, number, field) from error
+    return records
+
+
+def deduplicate(records: Iterable[R], texts: Callable[[R], Iterable[str]]) -> tuple[list[R], int]:
+    """The first of the records whose `texts(record)` are the same but for case and white space, in order, and how many later
+    ones were removed.
+
+    Punctuation counts, as it does not for the split: "2 + 3?" is another question than "2 - 3?".
+    """
+    first: dict[tuple[str, ...], R] = {}
     total = 0
     for record in records:
         total += 1
-        text = key(record)
-        words = normalise(text)
-        first.setdefault((words, "" if words else text.strip()), record)
+        first.setdefault(tuple(map(folded, texts(record))), record)
     return list(first.values()), total - len(first)
 
 
@@ -359,6 +391,11 @@ def _preference(row: _Row, identity: str) -> PreferencePair:
         turn = next(i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r) + 1
         problem = f"answers another prompt than chosen: the conversations part at turn {turn}, before the answer"
         row.fail("rejected", problem, "pair two answers to the same conversation, or delete the row")
+    return _pair(row, identity, chosen, rejected)
+
+
+def _pair(row: _Row, identity: str, chosen: list[Message], rejected: list[Message]) -> PreferencePair:
+    """The pair of two conversations that part at their last turn, the answer."""
     if chosen[-1] == rejected[-1]:
         row.fail("rejected", "is identical to chosen", "write a worse answer, or delete the row")
     return PreferencePair(
@@ -376,7 +413,11 @@ def _review(row: _Row, identity: str) -> ReviewedPair:
     verdict = row.label("verdict").strip().casefold()
     if verdict not in _VERDICTS:
         row.fail("verdict", f"is {verdict!r}", f"write {', '.join(_VERDICTS[1:])}, or leave it empty")
-    return ReviewedPair(pair=_preference(row, identity), verdict=verdict, check=row.text("check"), line=row.line)
+    # The texts stand as a model wrote them, and may look like messages or a transcript.
+    asked = [*_history(row), Message(role="user", content=row.text("prompt"))]
+    chosen, rejected = ([*asked, Message(role="assistant", content=row.text(side))] for side in ("chosen", "rejected"))
+    pair = _pair(row, identity, chosen, rejected)
+    return ReviewedPair(pair=pair, verdict=verdict, check=row.text("check"), line=row.line)
 
 
 def _answered(row: _Row, field: str, prompt: list[Message]) -> list[Message]:
@@ -397,15 +438,20 @@ def _answered(row: _Row, field: str, prompt: list[Message]) -> list[Message]:
 
 def _prompt_turns(row: _Row) -> list[Message]:
     """The turns up to the question to answer: those of the column history, if there is one, and of prompt."""
-    history: list[Message] = []
-    if row.values.get("history") not in (None, "", [], "[]"):
-        history = _turns(row, "history", None)
-        if _next_role(row, "history", history, bare_system=True) != "user":
-            row.fail("history", "ends with a user turn", "put the last user turn into prompt")
+    history = _history(row)
     turns = _turns(row, "prompt", "user")
     if _next_role(row, "prompt", turns, "user", opening=not history) != "assistant":
         row.fail("prompt", "ends with an assistant turn", "end with the user's question")
     return history + turns
+
+
+def _history(row: _Row) -> list[Message]:
+    if row.values.get("history") in (None, "", [], "[]"):
+        return []
+    history = _turns(row, "history", None)
+    if _next_role(row, "history", history, bare_system=True) != "user":
+        row.fail("history", "ends with a user turn", "put the last user turn into prompt")
+    return history
 
 
 def _critique(row: _Row, identity: str) -> CritiqueDemonstration:
@@ -487,15 +533,16 @@ _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {**_ROLES, "human": "user", "gpt": "assistant"}
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 _TRANSCRIPT_TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
 
 
 def _turns(row: _Row, field: str, bare: str | None) -> list[Message]:
     """The turns in a column, at least one, their order not yet checked. Plain text is one turn of the role `bare`."""
     value = row.values.get(field)
     if isinstance(value, str):
-        if bare is None or _MESSAGES_AS_TEXT.match(value):
+        if bare is None:
             value = _json_list(row, field, row.checked(field, value))
+        elif messages := _messages_in(value):
+            value = messages
         elif _is_transcript(value, prompt_only=bare == "user"):
             return _transcript(row, field, row.checked(field, value), prompt_only=bare == "user")
     if not isinstance(value, list | tuple):
@@ -511,8 +558,7 @@ def _turns(row: _Row, field: str, bare: str | None) -> list[Message]:
 def _message(row: _Row, field: str, item: Any) -> Message:
     if not isinstance(item, dict):
         row.fail(field, f"is {_kind(item)}, not a message", 'write {"role": "user", "content": "..."}')
-    sharegpt = "role" not in item and ("from" in item or "value" in item)
-    role_key, content_key, roles = ("from", "value", _SHAREGPT_ROLES) if sharegpt else ("role", "content", _ROLES)
+    role_key, content_key, roles = _message_keys(item)
     for key in (role_key, content_key):
         if item.get(key) is None:
             has = ", ".join(map(str, item)) or "nothing"
@@ -521,6 +567,31 @@ def _message(row: _Row, field: str, item: Any) -> Message:
     if role not in roles:
         row.fail(f"{field}.{role_key}", f"is {role!r}, which is not a role", f"write one of {', '.join(roles)}")
     return Message(role=roles[role], content=row.checked(f"{field}.{content_key}", item[content_key]))
+
+
+def _message_keys(item: Mapping[str, Any]) -> tuple[str, str, Mapping[str, str]]:
+    """Under which keys a message has its role and its content, and the roles by their name there."""
+    sharegpt = "role" not in item and ("from" in item or "value" in item)
+    return ("from", "value", _SHAREGPT_ROLES) if sharegpt else ("role", "content", _ROLES)
+
+
+def _messages_in(text: str) -> list[Any] | None:
+    """The messages that a text is the JSON of, each with a known role and a content. None for all other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) and all(map(_is_message, value)) else None
+
+
+def _is_message(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return False
+    role_key, content_key, roles = _message_keys(item)
+    role, content = item.get(role_key), item.get(content_key)
+    return isinstance(role, str) and role in roles and isinstance(content, str)
 
 
 def _next_role(

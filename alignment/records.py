@@ -58,6 +58,10 @@ class Conversation(Record):
         return [m.content for m in self.messages if m.role == "user"]
 
 
+PIPELINE_SOURCES = frozenset({"critique", "constitutional", "ai_feedback"})
+"""`PreferencePair.source` of pairs that the pipeline itself makes; every other pair is a person's, whose source is "human"."""
+
+
 class PreferencePair(Record):
     """A human or constitutional comparison: `chosen` is the better answer to `prompt`, `rejected` the worse.
 

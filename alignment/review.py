@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.errors import UserError
-from alignment.readers import DataError, read_preferences, read_reviews
+from alignment.readers import DataError, read_preferences, read_records, read_reviews
 from alignment.records import PreferencePair, ReviewedPair
 from alignment.splits import normalise
 
@@ -55,7 +55,7 @@ def write_review(pairs: Path, out: Path) -> int:
     """
     if out.suffix != ".csv":
         raise DataError(str(out), "is not named .csv", "name the table review.csv")
-    rows = [_review_row(pair) for pair in read_preferences(pairs)]
+    rows = [_review_row(pair) for pair in read_records(pairs, PreferencePair)]
     try:
         # With a byte order mark, or spreadsheets guess another encoding.
         with out.open("x", encoding="utf-8-sig", newline="") as file:

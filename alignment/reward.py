@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 # Largest change of a score by saving and loading, over 1 + the largest score: far above rounding, far below another head.
 RELOAD_TOLERANCE = 0.02
 _BATCHES_READ_TOGETHER = 8  # within so many batches, what texts begin with in common is read once
@@ -122,6 +122,8 @@ def train_reward_model(
     from trl import RewardConfig as TrlConfig
     from trl import RewardTrainer
 
+    if not train:
+        raise NothingToTrain("there are no training pairs. Remedy: add some, or give those that there are a weight and a share.")
     speed_up()
     tokenizer = load_tokenizer(base.base, config.load.trust_remote_code)
     fitting = [(pair, row) for pair in train if (row := _tokenise(tokenizer, pair, config.max_length)) is not None]
@@ -129,7 +131,7 @@ def train_reward_model(
     if not rows:
         raise NothingToTrain(
             f"none of {len(train)} training pairs fits max_length {config.max_length} tokens. "
-            "Remedy: raise max_length, or give pairs."
+            "Remedy: raise max_length, or give shorter pairs."
         )
     load = config.load
     if config.finetuning == "full":
@@ -311,7 +313,15 @@ def reward_training_pairs(
     """Human pairs, and the configured shares of the constitutional ones and of AI feedback, in a seeded order.
 
     Where every weight is 1 and AI feedback takes no part, pairs come back as they are; else with their weight.
+
+    Raises:
+        NothingToTrain: constitutional pairs are to take part, and there are none.
     """
+    if not constitutional and config.constitutional_share and config.constitutional_weight:
+        raise NothingToTrain(
+            "there are no constitutional pairs. Remedy: look at the filter counts of the pairs asset, "
+            "or set constitutional_weight: 0."
+        )
     rng = random.Random(config.optim.seed)
     chosen = rng.sample(list(constitutional), round(len(constitutional) * config.constitutional_share))
     compared = rng.sample(list(feedback), round(len(feedback) * config.ai_feedback_share)) if config.ai_feedback_weight else []

@@ -19,8 +19,17 @@ def normalise(text: str) -> str:
     >>> normalise("  What's  UP, Doc?! ")
     'what s up doc'
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return re.sub(r"[\W_]+", " ", folded).strip()
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return re.sub(r"[\W_]+", " ", plain).strip()
+
+
+def folded(text: str) -> str:
+    """Case-folded text with every run of white space collapsed to one space: what two copies of one text have in common.
+
+    >>> folded("  What's  UP, Doc?! ")
+    "what's up, doc?!"
+    """
+    return " ".join(text.casefold().split())
 
 
 def position(prompt: str, salt: str = "split") -> float:

@@ -14,7 +14,8 @@ from alignment.ai_feedback import (
 from alignment.constitutions import no_prompts, prompts_under
 from alignment.datasets import write_jsonl
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet
-from alignment.readers import read_preferences, read_prompts
+from alignment.readers import read_records
+from alignment.records import PreferencePair, Prompt
 from assets.answerers import answerers
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
@@ -51,11 +52,11 @@ def ai_feedback(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            ours = prompts_under(read_prompts(store.path(prompts) / "train.jsonl"), rules, settings.prompt_tags)
+            ours = prompts_under(read_records(store.path(prompts) / "train.jsonl", Prompt), rules, settings.prompt_tags)
             asked = ours[: settings.max_prompts or None]
             if not asked:
                 raise no_prompts(rules, settings.prompt_tags, "ai_feedback.prompt_tags")
-            heldout = pairs_of(rules, read_preferences(store.path(human_preferences) / "heldout.jsonl"))
+            heldout = pairs_of(rules, read_records(store.path(human_preferences) / "heldout.jsonl", PreferencePair))
             who = answerers(
                 {"policy": settings.policy, "judge": settings.judge}, sft_checkpoint, store, settings.load, work.folder
             )

@@ -7,7 +7,8 @@ from alignment.constitutions import no_prompts, prompts_to_criticise
 from alignment.critique import CODE_VERSION, CritiqueConfig, critique_and_revise, preference_pairs
 from alignment.datasets import write_jsonl
 from alignment.handles import Checkpoint, PreferenceDataset, PromptSet, RewardModel
-from alignment.readers import read_prompts
+from alignment.readers import read_records
+from alignment.records import Prompt
 from assets.answerers import who_revises
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
@@ -43,7 +44,8 @@ def constitutional_preference_pairs(
         rules = constitution(context)
 
         def compute(work, log) -> Outcome:
-            ours = prompts_to_criticise(read_prompts(store.path(prompts) / "train.jsonl"), rules, settings.prompt_tags)
+            known = read_records(store.path(prompts) / "train.jsonl", Prompt)
+            ours = prompts_to_criticise(known, rules, settings.prompt_tags)
             asked = ours[: settings.max_prompts or None]
             if not asked:
                 if rules.critique_tags is None:

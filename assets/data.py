@@ -64,7 +64,7 @@ def data_asset(
             resolved = resolve_sources(dvc, names)
 
             def compute(work, log) -> Outcome:
-                counts = build(settings, {n: str(path) for n, (path, _) in resolved.items()}, work.out)
+                counts = build(settings, {n: str(path) for n, (path, _) in resolved.items()}, work.out, log=log)
                 for key, value in counts.items():
                     log.say(f"{key}: {value:g}")
                 preview = first_rows(work.out)

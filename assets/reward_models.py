@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import dagster as dg
 
-from alignment.ai_feedback import read_comparisons
-from alignment.constitutions import Constitution, pairs_under
+from alignment.ai_feedback import AiComparison
+from alignment.constitutions import Constitution, no_human_pairs, pairs_under
 from alignment.handles import Checkpoint, PreferenceDataset, RewardModel
-from alignment.readers import read_preferences
+from alignment.readers import read_records
 from alignment.records import PreferencePair
 from alignment.reward import CODE_VERSION, RewardConfig, RewardMixConfig, reward_training_pairs, train_reward_model
 from assets.checks import alarm_specs
@@ -39,7 +39,7 @@ def human_reward_model(
     than the initial answer. Shared by all constitutions."""
 
     def pairs(settings: RewardConfig, rules: Constitution | None) -> Sequence[PreferencePair]:
-        return read_preferences(store.path(human_preferences) / "reward_train.jsonl")
+        return read_records(store.path(human_preferences) / "reward_train.jsonl", PreferencePair)
 
     inputs = {"base_model": base_model, "human_preferences": human_preferences}
     return _train(context, config, inputs, pairs, Tools(store, tracking, dvc))
@@ -61,13 +61,16 @@ def reward_model(
     AI feedback with soft labels."""
 
     def pairs(settings: RewardMixConfig, rules: Constitution) -> Sequence[PreferencePair]:
-        human = read_preferences(store.path(human_preferences) / "reward_train.jsonl")
-        constitutional = read_preferences(store.path(constitutional_preference_pairs) / "pairs.jsonl")
+        human = pairs_of(rules, read_records(store.path(human_preferences) / "reward_train.jsonl", PreferencePair))
+        constitutional = read_records(store.path(constitutional_preference_pairs) / "pairs.jsonl", PreferencePair)
         feedback = []
         if settings.ai_feedback_weight:
-            compared = read_comparisons(store.path(ai_feedback) / "comparisons.jsonl")
+            compared = read_records(store.path(ai_feedback) / "comparisons.jsonl", AiComparison)
             feedback = [comparison.pair(rules.name) for comparison in compared]
-        return reward_training_pairs(pairs_of(rules, human), constitutional, settings, feedback)
+        mixed = reward_training_pairs(human, constitutional, settings, feedback)
+        if not mixed and not human:
+            raise no_human_pairs(rules)
+        return mixed
 
     inputs = {
         "base_model": base_model,
@@ -93,7 +96,10 @@ def evaluator(
     learn from the same domains of human pairs share one."""
 
     def pairs(settings: RewardConfig, rules: Constitution) -> Sequence[PreferencePair]:
-        return pairs_of(rules, read_preferences(store.path(human_preferences) / "evaluator_train.jsonl"))
+        ours = pairs_of(rules, read_records(store.path(human_preferences) / "evaluator_train.jsonl", PreferencePair))
+        if not ours:
+            raise no_human_pairs(rules)
+        return ours
 
     inputs = {"base_model": base_model, "human_preferences": human_preferences}
     return _train(context, config, inputs, pairs, Tools(store, tracking, dvc), pairs_decide=True)
@@ -124,7 +130,7 @@ def _train(
         rules = constitution(context) if context.has_partition_key and context.assets_def.partitions_def else None
 
         def compute(work, log) -> Outcome:
-            heldout = read_preferences(tools.store.path(inputs["human_preferences"]) / "heldout.jsonl")
+            heldout = read_records(tools.store.path(inputs["human_preferences"]) / "heldout.jsonl", PreferencePair)
             trained, metrics, table = train_reward_model(
                 settings,
                 tools.store.model_files(inputs["base_model"]),

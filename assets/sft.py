@@ -3,7 +3,8 @@
 import dagster as dg
 
 from alignment.handles import Checkpoint, SftDataset
-from alignment.readers import read_conversations
+from alignment.readers import read_records
+from alignment.records import Conversation
 from alignment.sft import CODE_VERSION, SftConfig, train_sft
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
@@ -37,8 +38,8 @@ def sft_checkpoint(
             trained, metrics = train_sft(
                 settings,
                 store.model_files(base_model),
-                read_conversations(rows / "train.jsonl"),
-                read_conversations(rows / "heldout.jsonl"),
+                read_records(rows / "train.jsonl", Conversation),
+                read_records(rows / "heldout.jsonl", Conversation),
                 work=work.folder,
                 out=work.out,
                 log=log,

@@ -10,7 +10,8 @@ import dagster as dg
 from alignment.constitutions import Constitution, prompts_under
 from alignment.evaluation import CODE_VERSION, Heldout, SftReportConfig, measure_sft
 from alignment.handles import Checkpoint, PromptSet, RewardModel, SftDataset, SftReport
-from alignment.readers import read_conversations, read_problems, read_prompts
+from alignment.readers import read_records
+from alignment.records import Conversation, Problem, Prompt
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
@@ -77,11 +78,10 @@ def sft_report(
 def heldout_data(store: ArtifactStore, rules: Constitution, prompts: PromptSet, sft_dataset: SftDataset) -> Heldout:
     """What the models of a constitution are measured on."""
     folder = store.path(prompts)
-    problems = folder / "problems_heldout.jsonl"
     return Heldout(
-        prompts=tuple(prompts_under(read_prompts(folder / "heldout.jsonl"), rules, ())),
-        demonstrations=tuple(read_conversations(store.path(sft_dataset) / "heldout.jsonl")),
-        problems=tuple(read_problems(problems)) if problems.stat().st_size else (),  # optional; readers refuse an empty file
+        prompts=tuple(prompts_under(read_records(folder / "heldout.jsonl", Prompt), rules, ())),
+        demonstrations=tuple(read_records(store.path(sft_dataset) / "heldout.jsonl", Conversation)),
+        problems=tuple(read_records(folder / "problems_heldout.jsonl", Problem)),
     )
 
 

@@ -106,7 +106,8 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
     )
     from alignment.evaluation import Heldout, ReportConfig, SftReportConfig, evaluate_policy, measure_sft
     from alignment.models import load_causal_lm, load_reward_model, load_tokenizer
-    from alignment.readers import read_conversations, read_preferences, read_problems, read_prompts
+    from alignment.readers import read_records
+    from alignment.records import Conversation, PreferencePair, Problem, Prompt
     from alignment.reward import RewardConfig, RewardMixConfig, reward_training_pairs, train_reward_model
     from alignment.sft import SftConfig, train_sft
 
@@ -138,13 +139,14 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
         names = [n for value in config.model_dump().values() if isinstance(value, list) for n in value]
         build(config, {n: str(options.data / n.removeprefix("data/")) for n in names}, places(stage)["out"])
     human = {
-        n: read_preferences(out / "human_preferences" / f"{n}.jsonl") for n in ("reward_train", "evaluator_train", "heldout")
+        n: read_records(out / "human_preferences" / f"{n}.jsonl", PreferencePair)
+        for n in ("reward_train", "evaluator_train", "heldout")
     }
-    conversations = {side: read_conversations(out / "sft_dataset" / f"{side}.jsonl") for side in ("train", "heldout")}
+    conversations = {side: read_records(out / "sft_dataset" / f"{side}.jsonl", Conversation) for side in ("train", "heldout")}
     heldout = Heldout(
-        prompts=tuple(prompts_under(read_prompts(out / "prompts" / "heldout.jsonl"), rules, ())),
+        prompts=tuple(prompts_under(read_records(out / "prompts" / "heldout.jsonl", Prompt), rules, ())),
         demonstrations=tuple(conversations["heldout"]),
-        problems=tuple(read_problems(out / "prompts" / "problems_heldout.jsonl")),
+        problems=tuple(read_records(out / "prompts" / "problems_heldout.jsonl", Problem)),
     )
     done("data")
 
@@ -165,7 +167,7 @@ def run(options: argparse.Namespace, seed: int, out: Path) -> None:
 
     stage = "constitutional_preference_pairs"
     config = seeded(recipe, stage, CritiqueConfig, seed)
-    asked = prompts_to_criticise(read_prompts(out / "prompts" / "train.jsonl"), rules, config.prompt_tags)
+    asked = prompts_to_criticise(read_records(out / "prompts" / "train.jsonl", Prompt), rules, config.prompt_tags)
     tokenizer = load_tokenizer(base.base)
     folders = places(stage)
     critic = LocalAnswerer(load_causal_lm(sft, config.load), tokenizer)

@@ -26,7 +26,7 @@ from alignment.progress import SILENT, Log
 from alignment.records import PreferencePair
 from alignment.training import Trained, length_grouped, run_trainer, trainer_arguments
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class DpoConfig(PairsConfig):

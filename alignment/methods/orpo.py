@@ -34,7 +34,7 @@ from alignment.progress import SILENT, Log, quiet
 from alignment.records import PreferencePair
 from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class OrpoConfig(PairsConfig):

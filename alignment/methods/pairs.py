@@ -47,7 +47,12 @@ def training_pairs(
 
     The mixture is that of Constitutional AI (arXiv 2212.08073): its preference model learns harmlessness from the
     constitution and helpfulness from people.
+
+    Raises:
+        NothingToTrain: there are no constitutional pairs, without which the policy would know nothing of its constitution.
     """
+    if not constitutional:
+        raise NothingToTrain("there are no constitutional pairs. Remedy: look at the filter counts of the pairs asset.")
     rng = random.Random(seed)
     pool = [pair for pair in human if pair.source == "human"]
     count = len(pool) if human_pairs < 0 else min(human_pairs, len(pool))

@@ -21,7 +21,7 @@ from alignment.records import Conversation, Message, PreferencePair
 from alignment.sft import NothingToTrain, SftConfig, train_sft
 from alignment.training import OptimSettings, Trained
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class SlCaiConfig(SftConfig):

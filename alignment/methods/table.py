@@ -26,7 +26,8 @@ from alignment.methods.sl_cai import SlCaiConfig, train_sl_cai
 from alignment.methods.tasks import training_tasks
 from alignment.models import Config, ModelFiles
 from alignment.progress import Log
-from alignment.readers import read_conversations, read_preferences
+from alignment.readers import read_records
+from alignment.records import Conversation, PreferencePair
 from alignment.training import Trained
 
 
@@ -71,8 +72,9 @@ class Method:
 
 
 def _sl_cai(config: SlCaiConfig, t: Training) -> tuple[Trained, dict[str, float]]:
-    pairs = read_preferences(t.folders["constitutional_preference_pairs"] / "pairs.jsonl")
-    demonstrations, heldout = (read_conversations(t.folders["sft_dataset"] / f"{side}.jsonl") for side in ("train", "heldout"))
+    pairs = read_records(t.folders["constitutional_preference_pairs"] / "pairs.jsonl", PreferencePair)
+    sides = (t.folders["sft_dataset"] / f"{side}.jsonl" for side in ("train", "heldout"))
+    demonstrations, heldout = (read_records(path, Conversation) for path in sides)
     return train_sl_cai(config, t.models["sft_checkpoint"], pairs, demonstrations, heldout, work=t.work, out=t.out, log=t.log)
 
 
@@ -80,9 +82,9 @@ def _on_pairs(train: Callable[..., tuple[Trained, dict[str, float]]], start: str
     """The `train` of a method that learns from pairs, begun at the input `start`."""
 
     def run(config: PairsConfig, t: Training) -> tuple[Trained, dict[str, float]]:
-        constitutional = read_preferences(t.folders["constitutional_preference_pairs"] / "pairs.jsonl")
-        human = read_preferences(t.folders["human_preferences"] / "reward_train.jsonl") if config.human_pairs else []
-        human = pairs_under(human, t.preference_domains)
+        constitutional = read_records(t.folders["constitutional_preference_pairs"] / "pairs.jsonl", PreferencePair)
+        people = t.folders["human_preferences"] / "reward_train.jsonl"
+        human = pairs_under(read_records(people, PreferencePair) if config.human_pairs else [], t.preference_domains)
         pairs = training_pairs(constitutional, human, config.human_pairs, config.optim.seed)
         trained, metrics = train(config, t.models[start], pairs, work=t.work, out=t.out, log=t.log)
         return trained, metrics | {"train/human_pairs": len(pairs) - len(constitutional)}

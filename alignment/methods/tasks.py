@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from alignment.readers import read_problems, read_prompts
+from alignment.readers import read_records
+from alignment.records import Problem, Prompt
 from alignment.rewards import Task, chat_task, problem_task
 from alignment.sft import NothingToTrain
 
@@ -26,13 +27,15 @@ def training_tasks(prompts: Path, kind: TaskKind, prompt_tags: Sequence[str], ma
     """
     tasks = []
     if kind != "problems":
-        tasks += [chat_task(p) for p in read_prompts(prompts / "train.jsonl") if set(p.tags) & set(prompt_tags)]
+        tasks += [chat_task(p) for p in read_records(prompts / "train.jsonl", Prompt) if set(p.tags) & set(prompt_tags)]
     if kind != "prompts":
-        tasks += [problem_task(p) for p in read_problems(prompts / "problems_train.jsonl")]
+        tasks += [problem_task(p) for p in read_records(prompts / "problems_train.jsonl", Problem)]
     if not tasks:
+        tagged = f"training prompts (tags {', '.join(prompt_tags)})"
+        among = {"prompts": tagged, "problems": "training problems", "both": f"{tagged} and problems"}[kind]
+        files = " or ".join(f"prompts.{name}" for name in ("prompts", "problems") if kind in (name, "both"))
         raise NothingToTrain(
-            f"tasks: {kind}: there is none among the training prompts (tags {', '.join(prompt_tags)}). "
-            "Remedy: add some, or choose other tasks."
+            f"tasks: {kind}: there is none among the {among}. Remedy: add some to the files of {files}, or choose other tasks."
         )
     random.Random(seed).shuffle(tasks)
     return tasks[: max_tasks or None]

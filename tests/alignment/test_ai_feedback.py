@@ -23,7 +23,6 @@ from alignment.ai_feedback import (
     keep_preferred,
     measure_judge,
     prefers_in_both_orders,
-    read_comparisons,
     verdict_request,
 )
 from alignment.alarms import AlarmConfig, sound, watches
@@ -33,6 +32,7 @@ from alignment.critique import draw_principles
 from alignment.datasets import write_jsonl
 from alignment.generation import Completion, SamplingSettings
 from alignment.models import ModelFiles, load_causal_lm
+from alignment.readers import read_records
 from alignment.records import Message, PreferencePair, Prompt
 
 CONSTITUTION = Constitution(
@@ -410,9 +410,7 @@ def test_comparisons_come_back_from_their_file(collect, tmp_path):
     compared = collect(Writer(a="please wait"), Judge(polite))
     found = [c.comparison for c in compared]
     write_jsonl(tmp_path / "comparisons.jsonl", found)
-    assert read_comparisons(tmp_path / "comparisons.jsonl") == found
-    write_jsonl(tmp_path / "none.jsonl", [])
-    assert read_comparisons(tmp_path / "none.jsonl") == []
+    assert read_records(tmp_path / "comparisons.jsonl", AiComparison) == found
 
 
 def test_a_question_that_the_model_cannot_read_is_a_missing_value(tiny_model, tmp_path, tokenizer, float32):

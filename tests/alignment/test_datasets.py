@@ -14,6 +14,8 @@ from alignment.datasets import (
     build_prompts,
     build_sft_dataset,
 )
+from alignment.methods.pairs import training_pairs
+from alignment.progress import Log
 from alignment.readers import (
     NO_VIOLATIONS,
     DataError,
@@ -23,9 +25,10 @@ from alignment.readers import (
     read_preferences,
     read_problems,
     read_prompts,
+    read_records,
 )
-from alignment.records import PreferencePair
-from alignment.splits import normalise, split_of
+from alignment.records import Conversation, PreferencePair, Problem, Prompt
+from alignment.splits import folded, normalise, split_of
 
 DATA = Path(__file__).parents[2] / "data"
 N = 120
@@ -108,7 +111,7 @@ def critiqued_prompts(conversations, sources):
 
 
 def revisions_preferred(sources):
-    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: f"{c.prompt} {c.principle}")
+    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: [c.prompt, c.principle, c.response])
     return [
         PreferencePair(id=c.id, prompt=c.prompt, chosen=c.revision, rejected=c.response, domain=c.constitution)
         for c in given
@@ -144,12 +147,12 @@ def test_reward_model_and_evaluator_learn_from_disjoint_prompts(built):
 
 def test_every_row_arrives_on_one_side_once_and_is_counted(built):
     sources, folder, counts = built
-    for name, read, parts, key in (
+    for name, read, parts, texts in (
         ("preferences", read_preferences, ("reward_train", "evaluator_train", "heldout"), None),
-        ("prompts", read_prompts, ("train", "heldout"), lambda p: p.prompt),
+        ("prompts", read_prompts, ("train", "heldout"), lambda p: [p.prompt]),
     ):
-        key = key or (lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
-        given, twice = deduplicate(read(sources[f"data/{name}.jsonl"]), key)
+        texts = texts or (lambda p: [p.prompt, p.chosen, p.rejected])
+        given, twice = deduplicate(read(sources[f"data/{name}.jsonl"]), texts)
         if name == "preferences":
             given = [*given, *revisions_preferred(sources)]
         written = {part: read(folder / name / f"{part}.jsonl") for part in parts}
@@ -167,7 +170,7 @@ def test_lessons_follow_the_prompts_they_are_about(built):
     assert prompts
     assert {split_of(p, 0.25) for p in prompts} == {"train"}
     assert not [c for c in heldout if c.category == "critique"]
-    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: f"{c.prompt} {c.principle}")
+    given, _ = deduplicate(read_critiques(sources["data/critiques.jsonl"]), lambda c: [c.prompt, c.principle, c.response])
     expected = [c for c in given if split_of(c.prompt, 0.25) == "train"]
     assert sorted({normalise(p) for p in prompts}) == sorted({normalise(c.prompt) for c in expected})
     assert {c.critique for c in expected} == {c.messages[1].content for c in lessons}
@@ -175,9 +178,9 @@ def test_lessons_follow_the_prompts_they_are_about(built):
     assert counts["sft"]["rows/train"] == len(train)
     assert counts["sft"]["rows/train_critiques"] == len(lessons)
     approved = [c for c in train if c.category == "approved"]
-    told = {normalise(c.prompt) for c in train if c.category not in {"critique", "approved"}}
+    told = {folded(c.prompt) for c in train if c.category not in {"critique", "approved"}}
     assert {(c.prompt, c.messages[1].content) for c in approved} == {
-        (c.prompt, c.response) for c in expected if c.revision is None and normalise(c.prompt) not in told
+        (c.prompt, c.response) for c in expected if c.revision is None and folded(c.prompt) not in told
     }
     assert counts["sft"]["rows/train_approved_answers"] == len(approved)
     assert counts["sft"]["rows/train_demonstrations"] == len(train) - len(lessons) - len(approved)
@@ -186,7 +189,7 @@ def test_lessons_follow_the_prompts_they_are_about(built):
 
 def test_the_share_of_longer_chosen_answers_is_over_all_pairs(built):
     sources, _, counts = built
-    pairs, _ = deduplicate(read_preferences(sources["data/preferences.jsonl"]), lambda p: f"{p.prompt} {p.chosen} {p.rejected}")
+    pairs, _ = deduplicate(read_preferences(sources["data/preferences.jsonl"]), lambda p: [p.prompt, p.chosen, p.rejected])
     pairs += revisions_preferred(sources)
     longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
     assert counts["preferences"]["share_chosen_longer"] == pytest.approx(longer)
@@ -259,6 +262,246 @@ def test_a_part_without_rows_is_an_error_that_says_what_to_do(tmp_path):
         build_human_preferences(HumanPreferencesConfig(critiques=[]), {"data/preferences.jsonl": source}, tmp_path)
     with pytest.raises(DataError, match="not a single"):
         build_prompts(PromptsConfig(), {"data/prompts.jsonl": source}, tmp_path)
+
+
+def test_conversations_that_are_all_trained_on_or_all_held_out_are_an_error(tmp_path):
+    for side, missing in (("train", "held-out"), ("heldout", "training")):
+        rows = [{"prompt": p, "completion": "a"} for i in range(20) if split_of(p := f"Prompt {i}", 0.25) == side]
+        sources = {"data/demonstrations.jsonl": write(tmp_path / f"{side}.jsonl", rows)}
+        says = (
+            rf"data/demonstrations\.jsonl: leaves not a single {missing} conversation .*: add rows, or change heldout_fraction\."
+        )
+        with pytest.raises(DataError, match=says):
+            build_sft_dataset(SftDatasetConfig(critiques=[]), sources, tmp_path)
+
+
+def test_a_setting_that_names_no_file_is_named(made_up, tmp_path):
+    for build, config, key in (
+        (build_sft_dataset, SftDatasetConfig(demonstrations=[]), "sft_dataset.demonstrations"),
+        (build_human_preferences, HumanPreferencesConfig(preferences=[], critiques=[]), "human_preferences.preferences"),
+        (build_prompts, PromptsConfig(prompts=[]), "prompts.prompts"),
+    ):
+        with pytest.raises(DataError) as caught:
+            build(config, made_up, tmp_path)
+        assert str(caught.value) == f"{key}: names no file. Remedy: name a file or a Hub data set."
+
+
+def test_problems_may_be_left_out(made_up, tmp_path):
+    counts = build_prompts(PromptsConfig(problems=[]), made_up, tmp_path)
+    assert counts["rows/problems_train"] == counts["rows/problems_heldout"] == 0
+    assert read_records(tmp_path / "problems_train.jsonl", Problem) == []
+
+
+def written(folder, kind, *parts):
+    return {part: read_records(folder / f"{part}.jsonl", kind) for part in parts}
+
+
+# Questions that differ in punctuation only stay, and are on one side.
+ALIKE = ["Sort a list in C++?", "Sort a list in C#?", "What is 12 + 7?", "What is 12 - 7?"]
+FILL = [f"Question {i}?" for i in range(40)]
+
+
+def test_prompts_that_differ_in_punctuation_are_no_duplicates_and_on_one_side(tmp_path):
+    rows = [{"prompt": p} for p in [*ALIKE, ALIKE[0].upper(), *FILL]]
+    sums = [{"prompt": p, "answer": "19"} for p in [*ALIKE, f" {ALIKE[2]}"]]
+    orders = []
+    for order in (rows, rows[::-1]):
+        sources = {
+            "data/prompts.jsonl": write(tmp_path / "p.jsonl", order),
+            "data/reasoning.jsonl": write(tmp_path / "q.jsonl", sums),
+        }
+        counts = build_prompts(PromptsConfig(), sources, tmp_path)
+        assert (counts["rows/duplicates_removed"], counts["rows/problems_duplicates_removed"]) == (1, 1)
+        parts = written(tmp_path, Prompt, "train", "heldout")
+        orders.append([folded(p.prompt) for part in parts.values() for p in part])
+        for kind, names in ((Prompt, ("train", "heldout")), (Problem, ("problems_train", "problems_heldout"))):
+            train, heldout = ({normalise(p.prompt) for p in part} for part in written(tmp_path, kind, *names).values())
+            assert not train & heldout
+    assert sorted(orders[0]) == sorted(map(folded, [*ALIKE, *FILL]))
+    assert orders[0] == orders[1]
+
+
+def test_conversations_are_duplicates_only_if_every_turn_is_the_same(tmp_path):
+    def talk(*contents, system=None):
+        turns = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, contents, strict=False)]
+        return {"messages": [*([{"role": "system", "content": system}] if system else []), *turns]}
+
+    talks = [
+        talk("Hi", "Hello", "How do eggs boil?", "In water."),
+        talk("Hi", "Hello", "How do peas boil?", "In water."),
+        talk("Hi", "Good morning"),
+        talk("Hi", "Good morning", system="Be polite."),
+        talk("Hi", "Good morning", system="Be curt."),
+    ]
+    again = [talk("hi ", "Good  morning"), talk("Hi", "good morning", system="BE CURT.")]
+    fill = [{"prompt": p, "completion": "a"} for p in FILL]
+    sources = {"data/demonstrations.jsonl": write(tmp_path / "talks.jsonl", [*talks, *again, *fill])}
+    counts = build_sft_dataset(SftDatasetConfig(critiques=[]), sources, tmp_path)
+    assert counts["rows/duplicates_removed"] == len(again)
+    kept = [c for rows in written(tmp_path, Conversation, "train", "heldout").values() for c in rows if c.prompt == "Hi"]
+    assert sorted(len(c.messages) for c in kept) == [2, 3, 3, 4, 4]
+
+
+def test_pairs_are_duplicates_only_if_the_turns_before_them_are_the_same_too(tmp_path):
+    def pair(prompt, before=None, chosen="So.", rejected="Not so."):
+        history = [{"role": "user", "content": before}, {"role": "assistant", "content": "Yes."}] if before else []
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "history": history}
+
+    pairs = [pair("And then?"), pair("And then?", "Rice?"), pair("And then?", "Peas?"), pair("And then?", chosen="So!")]
+    again = [pair("and  then?", "rice?")]
+    sources = {"data/preferences.jsonl": write(tmp_path / "p.jsonl", [*pairs, *again, *map(pair, FILL)])}
+    counts = build_human_preferences(HumanPreferencesConfig(critiques=[]), sources, tmp_path)
+    assert counts["rows/duplicates_removed"] == 1
+    kept = written(tmp_path, PreferencePair, "reward_train", "evaluator_train", "heldout")
+    assert len([p for rows in kept.values() for p in rows if p.prompt == "And then?"]) == len(pairs)
+
+
+def test_worked_critiques_of_two_answers_to_one_prompt_are_no_duplicates(tmp_path):
+    prompt = next(p for p in FILL if split_of(p, 0.25) == "train")
+    bad = {"constitution": "c", "principle": "Be kind.", "prompt": prompt, "response": "Go away.", "critique": "Rude."}
+    good = {**bad, "response": "Gladly!", "critique": f"{NO_VIOLATIONS}.", "revision": None}
+    rows = [{**bad, "revision": "Gladly."}, good, {**good, "response": "gladly! "}]
+    sources = {
+        "data/demonstrations.jsonl": write(tmp_path / "d.jsonl", [{"prompt": f"{p}?", "completion": "a"} for p in FILL]),
+        "data/critiques.jsonl": write(tmp_path / "c.jsonl", rows),
+        "data/preferences.jsonl": write(tmp_path / "p.jsonl", [{"prompt": p, "chosen": "a", "rejected": "b"} for p in FILL]),
+    }
+    counts = build_sft_dataset(SftDatasetConfig(), sources, tmp_path)
+    assert (counts["rows/train_critiques"], counts["rows/duplicates_removed"]) == (2, 1)
+    # the demonstrations ask "Question 0??", which is another prompt
+    assert counts["rows/train_approved_answers"] == 1
+    counts = build_human_preferences(HumanPreferencesConfig(), sources, tmp_path)
+    assert (counts["rows/from_critiques"], counts["rows/duplicates_removed"]) == (1, 1)
+
+
+def test_rows_of_several_files_that_number_alike_get_ids_of_their_own(tmp_path):
+    def source(folder, kind, **columns):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return write(tmp_path / folder / f"{kind}.jsonl", [{"id": i, "prompt": f"{folder} {i}?", **columns} for i in range(40)])
+
+    worked = {"constitution": "c", "principle": "Be kind.", "response": "No."}
+    sources = {}
+    for folder in "ab":
+        sources |= {
+            f"{folder}/talks": source(folder, "talks", completion="So."),
+            f"{folder}/pairs": source(folder, "pairs", chosen="So.", rejected="Not so."),
+            f"{folder}/critiques": source(folder, "critiques", critique="Curt.", revision="Yes.", **worked),
+            f"{folder}/prompts": source(folder, "prompts"),
+            f"{folder}/problems": source(folder, "problems", answer="4"),
+        }
+    first, again, third, fourth = ([f"{i}{end}" for i in range(40)] for end in ("", "-2", "-3", "-4"))
+    two = {kind: [f"a/{kind}", f"b/{kind}"] for kind in ("talks", "pairs", "critiques", "prompts", "problems")}
+
+    build_human_preferences(HumanPreferencesConfig(preferences=two["pairs"], critiques=two["critiques"]), sources, tmp_path)
+    parts = ("reward_train", "evaluator_train", "heldout")
+    pairs = [p for part in parts for p in read_preferences(tmp_path / f"{part}.jsonl")]
+    assert sorted(p.id for p in pairs) == sorted([*first, *again, *third, *fourth])
+    assert {p.id for p in pairs if p.prompt.startswith("a") and p.source == "human"} == set(first)
+    assert {p.id for p in pairs if p.prompt.startswith("b") and p.source == "critique"} == set(fourth)
+
+    build_sft_dataset(SftDatasetConfig(demonstrations=two["talks"], critiques=two["critiques"]), sources, tmp_path)
+    talks = [*read_conversations(tmp_path / "train.jsonl"), *read_conversations(tmp_path / "heldout.jsonl")]
+    assert len({c.id for c in talks}) == len(talks)
+    assert {c.id for c in talks if c.category != "critique"} == {*first, *again}
+
+    build_prompts(PromptsConfig(prompts=two["prompts"], problems=two["problems"]), sources, tmp_path)
+    for read, names in ((read_prompts, ("train", "heldout")), (read_problems, ("problems_train", "problems_heldout"))):
+        rows = [row for name in names for row in read(tmp_path / f"{name}.jsonl")]
+        assert sorted(row.id for row in rows) == sorted([*first, *again])
+
+
+def test_files_of_one_name_without_ids_get_ids_of_their_own(tmp_path):
+    sources = {}
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        sources[folder] = write(tmp_path / folder / "train.jsonl", [{"prompt": f"{folder} {i}?"} for i in range(20)])
+    build_prompts(PromptsConfig(prompts=["a", "b"], problems=[]), sources, tmp_path)
+    rows = [*read_prompts(tmp_path / "train.jsonl"), *read_prompts(tmp_path / "heldout.jsonl")]
+    ids = [f"train-{i}" for i in range(1, 21)]
+    assert sorted(row.id for row in rows) == sorted([*ids, *(f"{i}-2" for i in ids)])
+
+
+def test_an_id_depends_on_the_rows_before_alone(tmp_path):
+    sources = {
+        "a": write(tmp_path / "a.jsonl", [{"id": "x", "prompt": "a?"}, {"id": "y", "prompt": "b?"}]),
+        "b": write(tmp_path / "b.jsonl", [{"id": "x", "prompt": "c?"}, {"id": "x-2", "prompt": "d?"}]),
+        "c": write(
+            tmp_path / "c.jsonl", [{"id": "x", "prompt": "e?"}, {"id": "z", "prompt": "A?"}, {"id": "z-1", "prompt": "f?"}]
+        ),
+        "more": write(tmp_path / "more.jsonl", [{"prompt": p} for p in FILL]),
+    }
+    ids = {"a?": "x", "b?": "y", "c?": "x-2", "d?": "x-2-2", "e?": "x-3", "f?": "z-1"}
+    for names in (["a", "b", "c", "more"], ["a", "b", "more"]):
+        build_prompts(PromptsConfig(prompts=names, problems=[]), sources, tmp_path)
+        rows = [*read_prompts(tmp_path / "train.jsonl"), *read_prompts(tmp_path / "heldout.jsonl")]
+        known = {row.prompt: row.id for row in rows if row.prompt in ids}
+        assert known == {prompt: ids[prompt] for prompt in known}
+        assert len(known) == (6 if "c" in names else 4)
+
+
+def test_a_users_pairs_are_human_pairs_whatever_their_column_source_says(made_up, tmp_path):
+    rows = [{"prompt": p, "chosen": "So.", "rejected": "Not so.", "source": "sharegpt"} for p in FILL]
+    made = [{**row, "prompt": f"Made {i}?", "source": "constitutional"} for i, row in enumerate(rows)]
+    reviewed = [{**row, "prompt": f"Reviewed {i}?", "source": "human"} for i, row in enumerate(rows)]
+    sources = made_up | {"data/preferences.jsonl": write(tmp_path / "p.jsonl", [*rows, *made, *reviewed])}
+    build_human_preferences(HumanPreferencesConfig(), sources, tmp_path)
+    pairs = read_records(tmp_path / "reward_train.jsonl", PreferencePair)
+    constitutional = PreferencePair(id="c", prompt="c", chosen="a", rejected="b", source="constitutional")
+    joined = [p.prompt for p in training_pairs([constitutional], pairs, -1, seed=0) if p != constitutional]
+    assert {prompt.split()[0] for prompt in joined} == {"Question", "Reviewed"}
+    assert sorted(joined) == sorted(p.prompt for p in pairs if p.prompt.startswith(("Question", "Reviewed")))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub whose data sets are the rows that a test puts under their names."""
+    import datasets
+    from huggingface_hub import constants
+
+    rows = {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: rows[name])
+    return rows
+
+
+def test_bad_rows_of_a_hub_data_set_are_skipped_counted_and_told(hub, made_up, tmp_path):
+    hub["someone/pairs"] = [{"prompt": f"Question {i}?", "chosen": "So.", "rejected": "Not so."} for i in range(100)]
+    for i in (10, 20, 30, 40, 50):
+        hub["someone/pairs"][i]["chosen"] = ""
+    said = []
+    config = HumanPreferencesConfig(preferences=["someone/pairs", "data/preferences.jsonl"], critiques=[])
+    sources = made_up | {"someone/pairs": "someone/pairs"}
+    counts = build_human_preferences(config, sources, tmp_path, log=Log(say=said.append))
+    assert counts["rows/skipped"] == 5
+    assert counts["rows/reward_train"] + counts["rows/evaluator_train"] + counts["rows/heldout"] == 95 + 2 * N
+    assert said[0] == "someone/pairs: skipped 5 of 100 rows, which cannot be used"
+    assert said[1:] == [f"skipped: someone/pairs, row {i}, field 'chosen': is empty" for i in (11, 21, 31)]
+
+
+def test_rows_skipped_are_counted_over_all_data_sets_on_the_hub_and_only_there(hub, made_up, tmp_path):
+    hub["someone/talks"] = [{"prompt": p, "completion": "So." if i else ""} for i, p in enumerate(FILL)]
+    hub["someone/prompts"] = [{"prompt": p} for p in FILL]
+    sources = made_up | {name: name for name in hub}
+    talks = SftDatasetConfig(demonstrations=["someone/talks"])
+    assert build_sft_dataset(talks, sources, tmp_path)["rows/skipped"] == 1
+    assert build_prompts(PromptsConfig(prompts=["someone/prompts"]), sources, tmp_path)["rows/skipped"] == 0
+    assert "rows/skipped" not in build_prompts(PromptsConfig(), sources, tmp_path)
+
+
+def test_too_many_bad_rows_of_a_hub_data_set_are_an_error(hub, tmp_path):
+    hub["someone/prompts"] = [{"prompt": "" if i in (7, 8, 9) else f"Question {i}?"} for i in range(59)]
+    with pytest.raises(DataError) as caught:
+        build_prompts(PromptsConfig(prompts=["someone/prompts"], problems=[]), {"someone/prompts": "someone/prompts"}, tmp_path)
+    assert str(caught.value).startswith(
+        "someone/prompts: 3 of 59 rows cannot be used, and more than 5% is too many to skip; "
+        "the first: someone/prompts, row 8, field 'prompt': is empty. Remedy: name another data set"
+    )
+
+
+def test_a_bad_row_of_a_local_file_is_an_error_however_rare(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"prompt": p} for p in [*FILL, ""]])
+    with pytest.raises(DataError, match=r"p\.jsonl, line 41, field 'prompt': is empty"):
+        build_prompts(PromptsConfig(problems=[]), {"data/prompts.jsonl": source}, tmp_path)
 
 
 def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(tmp_path):

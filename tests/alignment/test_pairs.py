@@ -32,6 +32,11 @@ def test_all_human_pairs_or_none():
     assert sorted(p.id for p in training_pairs(CONSTITUTIONAL, HUMAN, 0, seed=0)) == [p.id for p in CONSTITUTIONAL]
 
 
+def test_human_pairs_alone_are_no_constitutions_pairs():
+    with pytest.raises(NothingToTrain, match=r"no constitutional pairs.*Remedy: look at the filter counts"):
+        training_pairs([], HUMAN, -1, seed=0)
+
+
 def test_token_ids_are_those_of_the_conversation_up_to_eos(tokenizer):
     (pair,) = pairs("human", 1)
     typed = pair.model_copy(update={"chosen": "ok<|im_end|>\n<|im_start|>user\nmore"})

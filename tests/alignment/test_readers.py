@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.datasets import write_jsonl
 from alignment.readers import (
     NO_VIOLATIONS,
     DataError,
@@ -25,6 +26,7 @@ from alignment.readers import (
     read_preferences,
     read_problems,
     read_prompts,
+    read_records,
 )
 from alignment.records import Conversation, CritiqueDemonstration, Message, PreferencePair, Problem, Prompt
 
@@ -285,6 +287,7 @@ def test_error_is_one_line_and_survives_pickling():
     error = DataError("data/pairs.jsonl", "is\n empty", "write the worse answer, or delete the row.", 17, "rejected")
     place, remedy = "data/pairs.jsonl, line 17, field 'rejected'", "write the worse answer, or delete the row."
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == f"{place}: is empty. Remedy: {remedy}"
+    assert error.finding == f"{place}: is empty"
 
 
 # --- What is accepted -------------------------------------------------------------------------------------------------
@@ -410,6 +413,34 @@ def test_alpaca_input_follows_the_instruction(tmp_path):
 def test_formats_may_differ_from_line_to_line(tmp_path):
     path = write(tmp_path, "mixed.jsonl", jsonl(*(row for _, row, _ in CONVERSATION_ROWS)))
     assert [r.messages for r in read_conversations(path)] == [messages for _, _, messages in CONVERSATION_ROWS]
+
+
+ANSWERS_LIKE_MESSAGES = [
+    '[{"value": 3, "unit": "kg"}]',
+    '[{"role": "admin", "content": "all"}]',
+    '[{"content": "a", "type": "text"}]',
+    '[{"from": "Berlin", "value": 1}]',
+    '[{"role": "user"}]',
+    '[{"role": ["user"], "content": "a"}]',
+    '[{"role": "user", "content": "Hi"}, 3]',
+    '[{"role": "user", "content": "Hi',
+    "[{'role': 'x'}] is how a message begins",
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS_LIKE_MESSAGES)
+def test_text_that_only_begins_like_messages_is_text(tmp_path, answer):
+    path = write(tmp_path, "p.jsonl", jsonl({"prompt": answer, "chosen": f" {answer}\n", "rejected": "No."}))
+    (record,) = read_preferences(path)
+    assert (record.prompt, record.chosen, record.history) == (answer, answer, ())
+    (talked,) = read_conversations(write(tmp_path, "c.jsonl", jsonl({"prompt": answer, "completion": answer})))
+    assert [m.content for m in talked.messages] == [answer, answer]
+
+
+def test_what_is_messages_is_still_checked_as_messages(tmp_path):
+    row = pair(chosen=json.dumps([user("a"), assistant("b"), user("c")]))
+    with pytest.raises(DataError, match="field 'chosen': ends with a user turn"):
+        read_preferences(write(tmp_path, "p.jsonl", jsonl(row)))
 
 
 def test_two_assistant_turns_in_a_row_of_a_transcript_are_one(tmp_path):
@@ -538,19 +569,65 @@ def test_hub_is_not_asked_when_offline(tmp_path):
     assert "DataError: someone/pairs:test: there is no such file, and datasets.load_dataset('someone/pairs'" in last
 
 
+# --- The pipeline's own files -----------------------------------------------------------------------------------------
+
+MODELS_ANSWERS = [
+    *ANSWERS_LIKE_MESSAGES,
+    '[{"role": "assistant", "content": "b"}]',
+    "Human: a\n\nAssistant: b",
+    "one\u2028two\x85three\u200b",
+    "\u200b",
+    "a\0b",
+]
+
+
+def test_records_come_back_exactly_as_they_were_written(tmp_path):
+    pairs = [PreferencePair(id="twice", prompt=f"{a} ", chosen=a, rejected="No.") for a in MODELS_ANSWERS]
+    talks = [Conversation(id=f"{i}", messages=LONG, category="a") for i in range(2)]
+    for kind, records in ((PreferencePair, pairs), (Conversation, talks), (Prompt, [])):
+        write_jsonl(tmp_path / "own.jsonl", records)
+        assert read_records(tmp_path / "own.jsonl", kind) == records
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"id": "a", "prompt": "p"}\n{"id": "b", "pro', "line 2: is no Prompt: Invalid JSON"),
+        (b'{"id": "a"}\n', "line 1, field 'prompt': is no Prompt: Field required"),
+        (b'{"id": "a", "prompt": "caf\xe9"}\n', "line 1: is no Prompt: Invalid JSON"),
+        (b'{"id": "a", "prompt": "p", "answer": "1"}\n', "line 1, field 'answer': is no Prompt: Extra inputs"),
+    ],
+)
+def test_a_broken_file_of_the_pipelines_own_is_named(tmp_path, content, says):
+    path = write(tmp_path, "own.jsonl", content)
+    with pytest.raises(DataError) as caught:
+        read_records(path, Prompt)
+    assert str(caught.value).startswith(f"{path}, {says}")
+    assert "Remedy: materialize the asset" in str(caught.value)
+
+
+def test_a_missing_file_of_the_pipelines_own_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"own\.jsonl: no such file\. Remedy: .* materialize the asset"):
+        read_records(tmp_path / "own.jsonl", Prompt)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_records(tmp_path, Prompt)
+
+
 # --- Deduplication and properties -------------------------------------------------------------------------------------
 
 
-def test_deduplicate_keeps_the_first_of_each_normalised_key():
-    texts = ["What's up?", "Eggs", "what s UP", "\uff45\uff47\uff47\uff53!", "ham"]
-    kept, removed = deduplicate([Prompt(id=str(i), prompt=t) for i, t in enumerate(texts)], key=lambda p: p.prompt)
-    assert ([p.id for p in kept], removed) == (["0", "1", "4"], 2)
-    assert deduplicate(kept, key=lambda p: p.prompt) == (kept, 0)
-    assert deduplicate([], key=str) == ([], 0)
+def test_deduplicate_keeps_the_first_of_what_differs_in_case_and_white_space_only():
+    texts = ["What's up?", "Eggs", " what's  UP?\n", "eggs\u00a0", "Eggs!", "ham"]
+    kept, removed = deduplicate([Prompt(id=str(i), prompt=t) for i, t in enumerate(texts)], lambda p: [p.prompt])
+    assert ([p.id for p in kept], removed) == (["0", "1", "4", "5"], 2)
+    assert deduplicate(kept, lambda p: [p.prompt]) == (kept, 0)
+    assert deduplicate([], lambda p: [p.prompt]) == ([], 0)
 
 
-def test_deduplicate_does_not_take_all_wordless_text_for_the_same():
-    assert deduplicate(["👍", "?", "👎", " ? "], key=str) == (["👍", "?", "👎"], 1)
+def test_deduplicate_compares_punctuation_and_each_text_for_itself():
+    signs = [["👍"], ["?"], ["👎"], [" ? "], ["2 + 3?"], ["2 - 3?"], ["a b", "c"], ["a", "b c"]]
+    kept, removed = deduplicate(signs, list)
+    assert (kept, removed) == ([s for s in signs if s != [" ? "]], 1)
 
 
 SIGNS = "aZ 7é-ßЖ漢字👍🏽\n\t\r\"',;:{}[]\\|\u2028\u00a0<|im_end|>$#"

@@ -85,6 +85,17 @@ def test_approved_pairs_become_human_preferences_in_the_readers_format(review, t
     assert first.id.startswith("reviewed-general-prompt-1-")
 
 
+def test_answers_that_look_like_messages_stay_the_texts_that_they_are(tmp_path, target):
+    spoken = PAIRS[0].model_copy(update={"rejected": "Human: Size?\n\nAssistant: None."})
+    listed = PAIRS[0].model_copy(update={"id": "listed", "chosen": '[{"role": "admin", "content": "all"}]'})
+    write_jsonl(tmp_path / "own.jsonl", [spoken, listed])
+    assert write_review(tmp_path / "own.jsonl", tmp_path / "own.csv") == 2
+    assert [r["rejected"] for r in table(tmp_path / "own.csv")] == [spoken.rejected, listed.rejected]
+    fill(tmp_path / "own.csv", "", "approve")
+    apply_review(tmp_path / "own.csv", target)
+    assert [p.chosen for p in added(target)] == [listed.chosen]
+
+
 def test_swap_prefers_the_initial_answer(review, target):
     fill(review, "", "", "", "swap")
     apply_review(review, target)

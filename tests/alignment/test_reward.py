@@ -214,6 +214,8 @@ def test_pairs_that_are_too_long_are_dropped_and_counted(train):
 def test_nothing_to_train_is_said(train):
     with pytest.raises(NothingToTrain, match="none of 160 training pairs fits max_length 16 tokens"):
         train(max_length=16)
+    with pytest.raises(NothingToTrain, match="there are no training pairs"):
+        train(train=[])
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
@@ -507,6 +509,14 @@ def test_the_configured_share_of_ai_feedback_joins_with_its_label_and_weight(sou
     assert {(p.label, p.weight) for p in feedback} <= {(0.6, 0.5)}
     assert len(mixed) == 70 + count
     assert reward_training_pairs(human, constitutional, config, compared) == mixed
+
+
+def test_constitutional_pairs_that_are_to_take_part_must_be_there(sources):
+    human, _, _ = sources
+    with pytest.raises(NothingToTrain, match=r"no constitutional pairs.*Remedy: look at the filter counts"):
+        reward_training_pairs(human, [], RewardMixConfig())
+    for config in (RewardMixConfig(constitutional_weight=0), RewardMixConfig(constitutional_share=0)):
+        assert len(reward_training_pairs(human, [], config)) == len(human)
 
 
 def test_weights_apply_to_their_own_kind_and_zero_leaves_it_out(sources):

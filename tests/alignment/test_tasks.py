@@ -42,6 +42,18 @@ def test_both_are_mixed_in_a_seeded_order_and_cut(folder):
     assert len(training_tasks(folder, "both", ["code"], 99, seed=0)) == 9
 
 
+def test_without_problems_both_are_the_prompts(folder):
+    (folder / "problems_train.jsonl").write_text("")
+    assert training_tasks(folder, "both", ["code"], 0, seed=0) == training_tasks(folder, "prompts", ["code"], 0, seed=0)
+
+
 def test_no_task_is_said(folder):
-    with pytest.raises(NothingToTrain, match=r"tasks: prompts: there is none .*tags medical.*Remedy"):
+    with pytest.raises(NothingToTrain, match=r"tasks: prompts: there is none .*tags medical.*Remedy: .* prompts\.prompts"):
         training_tasks(folder, "prompts", ["medical"], 0, seed=0)
+    (folder / "problems_train.jsonl").write_text("")
+    with pytest.raises(
+        NothingToTrain, match=r"tasks: problems: there is none among the training problems\. .* prompts\.problems"
+    ):
+        training_tasks(folder, "problems", ["medical"], 0, seed=0)
+    with pytest.raises(NothingToTrain, match=r"tasks: both: .*tags medical\) and problems\. Remedy: .*prompts\.problems"):
+        training_tasks(folder, "both", ["medical"], 0, seed=0)

@@ -11,10 +11,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from alignment.ai_feedback import read_comparisons
+from alignment.ai_feedback import AiComparison
 from alignment.constitutions import load_constitution
 from alignment.handles import Checkpoint, RewardModel
-from alignment.readers import read_preferences, read_prompts
+from alignment.readers import read_records
+from alignment.records import PreferencePair, Prompt
 from assets.ai_feedback import ai_feedback
 from assets.base_model import base_model
 from assets.constitutional import constitutional_preference_pairs
@@ -109,15 +110,15 @@ def runs(storage, fresh_data) -> list[Materialized]:
 def test_the_artifact_holds_the_comparisons_and_the_judged_human_pairs(runs):
     first = runs[FIRST]
     folder, metrics = first.folder("ai_feedback"), first.record("ai_feedback")["handle"]["metrics"]
-    compared = read_comparisons(folder / "comparisons.jsonl")
+    compared = read_records(folder / "comparisons.jsonl", AiComparison)
     assert len(compared) == metrics["pairs"] > 0
     assert metrics["prompts"] == 8
     assert metrics["pairs"] + sum(v for k, v in metrics.items() if k.startswith("dropped/")) == 8
-    train = {p.prompt for p in read_prompts(first.folder("prompts") / "train.jsonl") if "general" in p.tags}
+    train = {p.prompt for p in read_records(first.folder("prompts") / "train.jsonl", Prompt) if "general" in p.tags}
     assert {c.prompt for c in compared} <= train
     principles = {p.id for p in load_constitution(PROJECT / "conf" / "constitutions" / "general.yaml").principles}
     assert {c.principle for c in compared} <= principles
-    heldout = {p.chosen for p in read_preferences(first.folder("human_preferences") / "heldout.jsonl")}
+    heldout = {p.chosen for p in read_records(first.folder("human_preferences") / "heldout.jsonl", PreferencePair)}
     measured = [json.loads(line) for line in (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(measured) == metrics["heldout/pairs"] == 8
     assert {m["chosen"] for m in measured} <= heldout
@@ -156,7 +157,5 @@ def test_a_judge_may_have_its_say_about_the_revisions(runs):
     said = {k: v for k, v in after.items() if k in ("filtered/judged_worse", "filtered/judge_unreadable")}
     assert after["pairs"] + sum(said.values()) == before["pairs"]
     assert sum(said.values()) > 0  # random weights prefer a position
-    kept = (
-        read_preferences(runs[JUDGED_PAIRS].folder("constitutional_preference_pairs") / "pairs.jsonl") if after["pairs"] else []
-    )
+    kept = read_records(runs[JUDGED_PAIRS].folder("constitutional_preference_pairs") / "pairs.jsonl", PreferencePair)
     assert len(kept) == after["pairs"]

@@ -176,6 +176,19 @@ def test_too_few_rows_for_a_split(materialize, folder, tracking, tmp_path):
     assert "leaves not a single" in description
 
 
+def test_bad_rows_of_a_hub_data_set_are_skipped_and_counted(materialize, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    rows = [{"prompt": f"Question {n}?" if n else "", "tags": ["general"]} for n in range(40)]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: rows)
+    done = materialize("prompts", {"prompts": ["someone/prompts"]})
+    assert done.success
+    (event,) = done.get_asset_materialization_events()
+    assert event.materialization.metadata["rows/skipped"].value == 1
+
+
 def test_after_the_mend_the_next_run_succeeds(materialize, folder, tmp_path):
     path = tmp_path / "prompts.jsonl"
     rows = [json.dumps({"prompt": f"Question {n}?", "tags": ["general"]}) for n in range(40)]

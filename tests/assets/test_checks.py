@@ -13,8 +13,8 @@ from alignment.alarms import ALARMS, watches
 from alignment.datasets import write_jsonl
 from alignment.handles import Checkpoint, PolicyReport
 from alignment.models import Config
-from alignment.readers import read_conversations
-from alignment.records import Prompt
+from alignment.readers import read_records
+from alignment.records import Conversation, Prompt
 from assets.checks import alarm_specs, nothing_leaks
 from assets.data import human_preferences, prompts, sft_dataset
 from assets.stage import Outcome, Stage, Tools, materialize
@@ -175,7 +175,7 @@ def test_the_same_prompts_in_two_data_sets_leak_only_if_one_is_split_otherwise(r
     rows = []
     run([sft_dataset])
     for path in (tmp_path / "artifacts").glob("sft_dataset/*/*.jsonl"):
-        rows += [row for row in read_conversations(path) if row.category != "critique"]
+        rows += [row for row in read_records(path, Conversation) if row.category != "critique"]
     file = tmp_path / "prompts.jsonl"
     write_jsonl(file, [Prompt(id=row.id, prompt=row.prompt.upper(), tags=("general",)) for row in rows])
 

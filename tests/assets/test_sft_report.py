@@ -1,8 +1,29 @@
-"""The table of generations: what the SFT report writes is what the policy reports continue."""
+"""The SFT report: what it measures on, and its table of generations, which the policy reports continue."""
+
+from types import SimpleNamespace
 
 import pytest
 
-from assets.sft_report import read_table, write_table
+from alignment.constitutions import Constitution, Principle
+from alignment.datasets import write_jsonl
+from alignment.records import Conversation, Message, Prompt
+from assets.sft_report import heldout_data, read_table, write_table
+
+RULES = Constitution(
+    name="c", description="d", prompt_tags=("code",), principles=(Principle(id="p", text="Choose the kind one."),), text="t"
+)
+
+
+def test_models_are_measured_without_problems_where_there_are_none(tmp_path):
+    talk = Conversation(id="c", messages=(Message(role="user", content="Hi"), Message(role="assistant", content="Hello")))
+    prompts = [Prompt(id="a", prompt="Sort it.", tags=("code",)), Prompt(id="b", prompt="Boil it.", tags=("cooking",))]
+    parts = {"prompts/heldout": prompts, "prompts/problems_heldout": [], "sft_dataset/heldout": [talk]}
+    for name, rows in parts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    store = SimpleNamespace(path=lambda name: tmp_path / name)
+    heldout = heldout_data(store, RULES, "prompts", "sft_dataset")
+    assert (heldout.prompts, heldout.demonstrations, heldout.problems) == ((prompts[0],), (talk,), ())
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n", "\n"], ids=ascii)
