@@ -532,6 +532,7 @@ _PROBLEMS = (
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {**_ROLES, "human": "user", "gpt": "assistant"}
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|from)':\s*'(system|user|human|assistant|gpt)'.*\}\s*\]\s*\Z", re.DOTALL)
 _TRANSCRIPT_TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 
 
@@ -543,6 +544,9 @@ def _turns(row: _Row, field: str, bare: str | None) -> list[Message]:
             value = _json_list(row, field, row.checked(field, value))
         elif messages := _messages_in(value):
             value = messages
+        elif _PYTHON_MESSAGES.match(value):
+            problem = "is messages as Python prints them, as pandas writes them to CSV"
+            row.fail(field, problem, "write them as JSON (json.dumps), or save the data as .jsonl or .parquet")
         elif _is_transcript(value, prompt_only=bare == "user"):
             return _transcript(row, field, row.checked(field, value), prompt_only=bare == "user")
     if not isinstance(value, list | tuple):
