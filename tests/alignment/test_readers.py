@@ -441,7 +441,7 @@ def test_text_that_only_begins_like_messages_is_text(tmp_path, answer):
 def test_messages_as_pandas_writes_them_to_csv_are_not_taken_for_text(tmp_path, between):
     printed = f"[{user('a')}{between}{assistant('b')}]"  # str() of a Python list, or of a numpy array
     content = csv_bytes(["prompt", "chosen", "rejected"], ["a", printed, "no"])
-    with pytest.raises(DataError, match="field 'chosen': is messages as Python prints them.*json.dumps"):
+    with pytest.raises(DataError, match=r"field 'chosen': is messages as Python prints them.*json.dumps"):
         read_preferences(write(tmp_path, "p.csv", content))
 
 
