@@ -134,7 +134,6 @@ def train_reward_model(
     load = config.load
     if config.finetuning == "full":
         load = load.model_copy(update={"dtype": "float32"})
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
     check_length(model, config.max_length, "max_length", "lower it")
     limit = position_limit(model)
@@ -160,7 +159,14 @@ def train_reward_model(
 
     trainer = LengthGroupedRewardTrainer(
         model=model,
-        args=TrlConfig(**arguments, center_rewards_coefficient=config.center_rewards_coefficient or None),
+        args=trainer_arguments(
+            TrlConfig,
+            config.optim,
+            work=work,
+            dtype=config.load.dtype,
+            max_length=config.max_length,
+            center_rewards_coefficient=config.center_rewards_coefficient or None,
+        ),
         train_dataset=Dataset.from_list([row | column for row, column in zip(rows, columns, strict=True)]),
         peft_config=lora_config(config.lora, model, "SEQ_CLS") if config.finetuning == "lora" else None,
         processing_class=tokenizer,

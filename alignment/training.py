@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,9 @@ from alignment.models import Config, resolve_dtype
 from alignment.progress import Log, last_complete_checkpoint, trainer_callback
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+A = TypeVar("A", bound="TrainingArguments")
 
 
 class OptimSettings(Config):
@@ -75,12 +77,12 @@ class Trained:
         return self.curves[name][-1][1] if self.curves.get(name) else float("nan")
 
 
-def trainer_arguments(optim: OptimSettings, *, work: Path, dtype: Any, max_length: int | None) -> dict[str, Any]:
-    """Keyword arguments common to all of TRL's config classes."""
+def trainer_arguments(kind: type[A], optim: OptimSettings, *, work: Path, dtype: Any, **own: Any) -> A:
+    """TRL's config class `kind`, filled with what all trainers have in common and with a trainer's `own` settings."""
     import torch
 
     resolved = resolve_dtype(dtype)
-    return {
+    common = {
         "output_dir": str(work / "trainer"),
         "num_train_epochs": optim.epochs,
         "learning_rate": optim.learning_rate,
@@ -102,10 +104,13 @@ def trainer_arguments(optim: OptimSettings, *, work: Path, dtype: Any, max_lengt
         "bf16": resolved == torch.bfloat16,
         "report_to": "none",
         "disable_tqdm": True,
-        "max_length": max_length,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
     }
+    arguments = kind(**common | own)
+    # A process trains on one device. transformers would take all GPUs that it sees, by DataParallel, which TRL refuses.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> Any:

@@ -79,7 +79,6 @@ def train_dpo(
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     model, adapter = load_for_training(sft, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
 
     class TokenisedDpoTrainer(DPOTrainer):
@@ -92,8 +91,12 @@ def train_dpo(
     trainer = TokenisedDpoTrainer(
         model=model,
         peft_config=adapter,
-        args=TrlConfig(
-            **arguments,
+        args=trainer_arguments(
+            TrlConfig,
+            config.optim,
+            work=work,
+            dtype=config.load.dtype,
+            max_length=config.max_length,
             beta=config.beta,
             loss_type=list(losses),
             loss_weights=list(losses.values()),

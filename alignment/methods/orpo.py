@@ -76,7 +76,6 @@ def train_orpo(
     lengths = [max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])) for row in rows]
     model, adapter = load_for_training(base, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
 
     class TokenisedOrpoTrainer(ORPOTrainer):
         def tokenize_row(self, feature, model=None):
@@ -92,7 +91,15 @@ def train_orpo(
     trainer = TokenisedOrpoTrainer(
         model=model,
         peft_config=adapter,
-        args=TrlConfig(**arguments, beta=config.beta, remove_unused_columns=False),
+        args=trainer_arguments(
+            TrlConfig,
+            config.optim,
+            work=work,
+            dtype=config.load.dtype,
+            max_length=config.max_length,
+            beta=config.beta,
+            remove_unused_columns=False,
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
