@@ -272,3 +272,16 @@ def test_all_weights_of_an_adapter_cannot_be_trained(train):
 def test_without_pairs_there_is_nothing_to_train(train):
     with pytest.raises(NothingToTrain, match=r"no preference pairs.*Remedy"):
         train(pairs=[])
+
+
+def test_pairs_without_room_for_an_answer_are_dropped_and_counted(train, largest_difference):
+    long = PreferencePair(id="long", prompt="x" * 300, chosen="a", rejected="b")
+    once = {"max_length": 200, "optim": {"epochs": 1}}
+    trained, metrics, folder = train(pairs=[*PAIRS, long], **once)
+    assert (metrics["train/pairs"], metrics["train/pairs_dropped_too_long"]) == (16, 1)
+    without, metrics, same = train(**once)
+    assert (metrics["train/pairs"], metrics["train/pairs_dropped_too_long"]) == (16, 0)
+    assert curve(trained) == curve(without)
+    assert largest_difference(folder, same) == 0
+    with pytest.raises(NothingToTrain, match=r"every one of 1 pairs has a prompt of max_length 200 tokens or more.*Remedy"):
+        train(pairs=[long], **once)
