@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 # Largest change of a score by saving and loading, over 1 + the largest score: far above rounding, far below another head.
 RELOAD_TOLERANCE = 0.02
 _BATCHES_READ_TOGETHER = 8  # within so many batches, what texts begin with in common is read once

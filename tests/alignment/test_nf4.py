@@ -170,6 +170,19 @@ def test_small_steps_are_not_lost(sft, nf4, tmp_path_factory):
     assert steps.max() < 1e-5
 
 
+def test_small_steps_of_a_score_head_are_not_lost_either(tiny_model, nf4, tmp_path_factory):
+    """Each of 40 steps is less than half the distance of two 16-bit numbers from most weights, all of them are several."""
+    where = folders(tmp_path_factory, "reward")
+    optim = OptimSettings(epochs=40, learning_rate=2e-5, scheduler="constant", batch_size=16, micro_batch_size=16)
+    train_reward_model(RewardConfig(lora=LORA, load=nf4, optim=optim), ModelFiles(tiny_model), PAIRS, [], **where)
+    drawn = load_reward_model(ModelFiles(tiny_model), nf4, tokenizer=load_tokenizer(tiny_model), seed=optim.seed)
+    (head,) = (value for name, value in only_an_adapter_is_in(where["out"] / "model").items() if "score" in name)
+    assert head.dtype == getattr(torch, nf4.dtype)  # as the base, which it is used on
+    steps = (head.float() - drawn.score.weight.bfloat16().float()).abs()
+    assert (steps > 2e-4).float().mean() > 0.9
+    assert steps.max() < 2e-3
+
+
 def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation(sft, float32):
     """Some CPUs' fast kernel for inference has no backward pass, and bitsandbytes stays with it once it was used."""
     import bitsandbytes as bnb
