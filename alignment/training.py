@@ -138,6 +138,7 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
 
     complete_wrappers(trainer.model)
     _undo_rounding(trainer.model)
+    _end_at_the_last_step(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(log, what))
     resume = last_complete_checkpoint(work / "trainer")
@@ -160,6 +161,18 @@ def _undo_rounding(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and hasattr(model, "peft_config"):
             parameter.data = parameter.data.float()
+
+
+def _end_at_the_last_step(trainer: Trainer) -> None:
+    # transformers looks whether it was the last step only after one: resumed from a checkpoint of the last step, within an epoch
+    # (`epochs` 1.5), it would make one more.
+    run_epoch = trainer._run_epoch
+
+    def run_what_is_left(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = run_what_is_left
 
 
 def _fit_to_base(model: PreTrainedModel) -> None:
