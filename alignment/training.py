@@ -6,6 +6,7 @@ schedule, random states and data position, and a checkpoint that a kill cut shor
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,15 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
         for name, value in _numbers(entry).items():
             curves.setdefault(name, []).append((entry["step"], value))
     return Trained(curves, trainer.state.global_step)
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more: a trainer and its model refer to each other, which only a collection ends."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _undo_rounding(model: PreTrainedModel) -> None:

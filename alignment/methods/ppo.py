@@ -19,7 +19,6 @@ row), and nothing else is carried along but weights, optimiser moments and the K
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -53,7 +52,7 @@ from alignment.models import Config, LoadSettings, LoraSettings, ModelFiles, loa
 from alignment.progress import COMPLETE, SILENT, Log, last_complete_checkpoint
 from alignment.rewards import RewardWeights, Rollout, Task, model_reward, reward_functions, total_rewards
 from alignment.sft import NothingToTrain
-from alignment.training import Trained
+from alignment.training import Trained, free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -151,8 +150,6 @@ def train_ppo(
         NothingToTrain: every prompt is longer than `max_prompt_length`.
         UserError: rewards that apply to nothing, or roles that cannot be loaded so.
     """
-    import torch
-
     speed_up()
     tokenizer = load_tokenizer(sft.base, config.load.trust_remote_code)
     prompts = [(task, prompt_ids(tokenizer, task.messages)) for task in tasks]
@@ -205,9 +202,7 @@ def train_ppo(
     with roles.policy.active():
         save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     del roles, learner, reuse, model, functions, of_model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return trained, _final_metrics(trained, len(tasks) - len(prompts))
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import weakref
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -131,6 +132,25 @@ def test_saving_and_loading_changes_no_bit_of_a_score(either):
 def test_nor_does_it_in_bfloat16(train):
     _, metrics, _, _ = train(load=LoadSettings(dtype="bfloat16"))
     assert metrics["reload/score_gap"] == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_trained_model_makes_room_for_the_saved_one(train, monkeypatch, kind):
+    trained, left = [], []
+
+    def save(model, *args):
+        trained.append(weakref.ref(model.get_input_embeddings()))
+        really_save(model, *args)
+
+    def load(*args, **kwargs):
+        left.append([ref() for ref in trained])
+        return really_load(*args, **kwargs)
+
+    really_save, really_load = alignment.reward.save_model, alignment.reward.load_reward_model
+    monkeypatch.setattr(alignment.reward, "save_model", save)
+    monkeypatch.setattr(alignment.reward, "load_reward_model", load)
+    train(finetuning=kind, train=TRAIN[:32])
+    assert left == [[], [None]]  # when the base was loaded, and when the saved model was
 
 
 def test_small_steps_of_the_score_head_are_not_lost_over_a_16_bit_base(train, config, tiny_model):
