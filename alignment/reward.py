@@ -35,6 +35,7 @@ from alignment.models import (
     Config,
     LoadSettings,
     LoraSettings,
+    LoraWithoutDropout,
     ModelFiles,
     load_reward_model,
     load_tokenizer,
@@ -64,7 +65,7 @@ class RewardConfig(Config):
     """Settings of a reward model (the policy's `reward_model` and the report's `evaluator` alike)."""
 
     finetuning: Literal["lora", "full"] = Field("lora", description="Train adapters over a frozen base, or all weights")
-    lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="Adapter settings, used when finetuning is lora")
+    lora: LoraWithoutDropout = Field(LoraSettings(dropout=0.0), description="Adapter settings, used when finetuning is lora")
     load: LoadSettings = Field(LoadSettings(), description="How the base is loaded")
     optim: OptimSettings = Field(
         OptimSettings(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=8), description="Training settings"

@@ -31,6 +31,7 @@ from alignment.models import (
     Config,
     LoadSettings,
     LoraSettings,
+    LoraWithoutDropout,
     ModelFiles,
     load_for_training,
     load_reward_model,
@@ -70,7 +71,7 @@ class GroupRlConfig(Config):
         0.2, gt=0, lt=1, description="Probability ratios are clipped to 1 +- this; they are 1 unless updates_per_batch is more"
     )
     finetuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or all weights of a full SFT model")
-    lora: LoraSettings = Field(
+    lora: LoraWithoutDropout = Field(
         LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["attention"]),
         description="The new adapter, where the SFT checkpoint is a full model; an SFT adapter keeps its own shape",
     )

@@ -24,6 +24,7 @@ from alignment.methods.pairs import PairsConfig, tokenised_pairs, with_room_for_
 from alignment.models import (
     LoadSettings,
     LoraSettings,
+    LoraWithoutDropout,
     ModelFiles,
     load_for_training,
     load_tokenizer,
@@ -47,7 +48,7 @@ class OrpoConfig(PairsConfig):
         description="Human comparisons that join the constitutional pairs: a seeded sample of those the reward model learns "
         "from, worked critiques left out; -1 takes all. With the chosen constitutional answers they are all it is fine-tuned on",
     )
-    lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="The new adapter over the base model")
+    lora: LoraWithoutDropout = Field(LoraSettings(dropout=0.0), description="The new adapter over the base model")
     load: LoadSettings = Field(LoadSettings(), description="How the base is loaded")
     optim: OptimSettings = Field(
         OptimSettings(epochs=1, learning_rate=8e-5, batch_size=8, micro_batch_size=2), description="Training settings"

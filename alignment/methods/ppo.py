@@ -48,7 +48,16 @@ from alignment.methods.ppo_losses import (
 )
 from alignment.methods.roles import Roles, Sequences, make_roles, micro_batches
 from alignment.methods.tasks import TaskKind
-from alignment.models import Config, LoadSettings, LoraSettings, ModelFiles, load_tokenizer, resolve_dtype, save_model
+from alignment.models import (
+    Config,
+    LoadSettings,
+    LoraSettings,
+    LoraWithoutDropout,
+    ModelFiles,
+    load_tokenizer,
+    resolve_dtype,
+    save_model,
+)
 from alignment.progress import COMPLETE, SILENT, Log, last_complete_checkpoint
 from alignment.rewards import RewardWeights, Rollout, Task, model_reward, reward_functions, total_rewards
 from alignment.sft import NothingToTrain
@@ -94,7 +103,7 @@ class PpoConfig(Config):
         "reward_model", description="What the critic starts as; sft has a value head of zeros"
     )
     finetuning: Literal["lora", "full"] = Field("lora", description="Train adapters, or all weights of full models")
-    lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="New adapters, where there is none to continue")
+    lora: LoraWithoutDropout = Field(LoraSettings(dropout=0.0), description="New adapters, where there is none to continue")
     share_base: bool = Field(
         True, **layout("Policy, reference, critic and reward model as adapters of one loaded base; false: a model each")
     )

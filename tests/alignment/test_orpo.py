@@ -26,7 +26,7 @@ def train(four_answers, float32, tmp_path_factory):
         for name in ("work", "out"):
             (folder / name).mkdir(exist_ok=True)
         given = {"epochs": 2, "learning_rate": 3e-3, "batch_size": 4, "micro_batch_size": 4, "save_every": 2}
-        lora = LoraSettings(dropout=0.05, target_modules=["all-linear"])
+        lora = LoraSettings(dropout=0.0, target_modules=["all-linear"])
         config = OrpoConfig(**{"load": float32, "lora": lora, **settings}, optim=OptimSettings(**given | (optim or {})))
         kwargs = {"log": log} if log else {}
         trained, metrics = train_orpo(config, four_answers, pairs, work=folder / "work", out=folder / "out", **kwargs)
