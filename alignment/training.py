@@ -32,7 +32,7 @@ class OptimSettings(Config):
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="Shape of the learning rate after warm-up"
+        "cosine", description="Shape of the learning rate after warm-up; constant has none, and warmup_ratio is then to be 0"
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW")
@@ -49,11 +49,16 @@ class OptimSettings(Config):
     seed: int = Field(0, ge=0, description="Seed of the data order, dropout and fresh weights")
 
     @model_validator(mode="after")
-    def _multiples(self) -> OptimSettings:
+    def _settings_that_fit_together(self) -> OptimSettings:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
         if self.save_every % self.log_every:
             raise ValueError(f"save_every {self.save_every} must be a multiple of log_every {self.log_every}")
+        if self.scheduler == "constant" and self.warmup_ratio:
+            raise ValueError(
+                f"scheduler constant has no warm-up, and warmup_ratio is {self.warmup_ratio}; "
+                "choose constant_with_warmup, or set warmup_ratio to 0"
+            )
         return self
 
 

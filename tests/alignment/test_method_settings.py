@@ -145,7 +145,9 @@ def policy(four_answers, folder, tmp_path_factory):
             method, place = METHODS[name], tmp_path_factory.mktemp(name)
             for sub in ("work", "out"):
                 (place / sub).mkdir()
-            optim = OptimSettings(epochs=2, learning_rate=3e-3, scheduler="constant", batch_size=4, micro_batch_size=4)
+            optim = OptimSettings(
+                epochs=2, learning_rate=3e-3, scheduler="constant", warmup_ratio=0.0, batch_size=4, micro_batch_size=4
+            )
             optim = {"optim": optim} if "optim" in method.config.model_fields else {}
             config = method.config.model_validate(
                 {

@@ -58,7 +58,7 @@ def by_hand(chosen, rejected):
 @pytest.mark.parametrize("max_length", [512, 32])
 @pytest.mark.parametrize("micro_batch_size", [8, 2])
 def test_the_loss_is_the_papers(train, four_answers, float32, micro_batch_size, max_length):
-    optim = {"batch_size": 8, "micro_batch_size": micro_batch_size, "scheduler": "constant"}
+    optim = {"batch_size": 8, "micro_batch_size": micro_batch_size, "scheduler": "constant", "warmup_ratio": 0.0}
     settings = {"beta": LAMBDA, "max_length": max_length}
     _, _, folder = train(optim=optim | {"epochs": 1}, **settings)
     two, metrics, _ = train(optim=optim | {"epochs": 2}, **settings)

@@ -157,7 +157,7 @@ def test_small_steps_of_the_score_head_are_not_lost_over_a_16_bit_base(train, co
     """At this learning rate a step is less than half the distance of two 16-bit numbers from most weights."""
     import torch
 
-    optim = config.optim.model_copy(update={"epochs": 4, "learning_rate": 2e-5, "scheduler": "constant"})
+    optim = config.optim.model_copy(update={"epochs": 4, "learning_rate": 2e-5, "scheduler": "constant", "warmup_ratio": 0.0})
     half = LoadSettings(dtype="bfloat16")
     _, _, _, folder = train(load=half, optim=optim)
     drawn = load_reward_model(ModelFiles(tiny_model), half, tokenizer=load_tokenizer(tiny_model), seed=optim.seed)

@@ -209,7 +209,7 @@ def test_a_training_that_was_killed_twice_and_once_while_saving(train, recording
 def test_a_training_that_was_killed_after_its_last_step_makes_no_other(
     train, recording_log, interrupted, largest_difference, tmp_path, monkeypatch, epochs, finetuning
 ):
-    settings = {"epochs": epochs, "scheduler": "constant", "finetuning": finetuning, "heldout": HELDOUT}
+    settings = {"epochs": epochs, "scheduler": "constant", "warmup_ratio": 0.0, "finetuning": finetuning, "heldout": HELDOUT}
     trained, metrics, folder = train(**settings)
     with monkeypatch.context() as patch:
 

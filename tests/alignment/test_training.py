@@ -1,11 +1,23 @@
-"""What all trainers share: one device, whatever the machine has."""
+"""What all trainers share: one device, whatever the machine has, and settings of which none is ignored."""
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from alignment.models import ModelFiles, load_causal_lm
 from alignment.progress import quiet
 from alignment.training import OptimSettings, trainer_arguments
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_up_that_the_scheduler_does_not_have_is_refused():
+    message = "scheduler constant has no warm-up, and warmup_ratio is 0.1; choose constant_with_warmup, or set warmup_ratio to 0"
+    with pytest.raises(ValidationError, match=message):
+        OptimSettings(scheduler="constant", warmup_ratio=0.1)
+    for scheduler, ratio in (("constant", 0.0), ("constant_with_warmup", 0.1), ("linear", 0.0)):
+        assert OptimSettings(scheduler=scheduler, warmup_ratio=ratio).warmup_ratio == ratio
+
 
 # --- One device -------------------------------------------------------------------------------------------------------
 
