@@ -97,7 +97,8 @@ class PpoConfig(Config):
     rewards: RewardWeights = Field(RewardWeights(), description="What is maximised: a weighted sum")
     tasks: TaskKind = Field("prompts", description="Train on the constitution's prompts, on problems with answers, or on both")
     sampling: SamplingSettings = Field(
-        SamplingSettings(temperature=0.7, top_k=0, max_new_tokens=128), description="How the policy answers while it trains"
+        SamplingSettings(temperature=0.7, top_k=0, max_new_tokens=128),
+        description="How the policy answers while it trains; top_k is to be 0 and repetition_penalty 1: the whole softmax learns",
     )
     critic_start: Literal["reward_model", "sft"] = Field(
         "reward_model", description="What the critic starts as; sft has a value head of zeros"
@@ -119,11 +120,16 @@ class PpoConfig(Config):
     seed: int = Field(0, ge=0, description="Seed of the order of prompts, of sampling and of mini-batches")
 
     @model_validator(mode="after")
-    def _whole_mini_batches(self) -> PpoConfig:
+    def _settings_that_fit_together(self) -> PpoConfig:
         if self.batch_size % self.mini_batches:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of mini_batches {self.mini_batches}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0: greedy answers explore nothing")
+        if self.sampling.top_k or self.sampling.repetition_penalty != 1:
+            raise ValueError(
+                "sampling.top_k must be 0 and sampling.repetition_penalty 1: the log-probabilities that the loss compares are "
+                "those of the whole softmax, and answers are to be drawn from it"
+            )
         return self
 
 

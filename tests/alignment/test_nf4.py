@@ -41,7 +41,7 @@ SHORT = {
     "critic_learning_rate": 1e-3,
     "num_generations": 4,
     "max_new_tokens": 8,
-    "sampling": SamplingSettings(temperature=1.0, max_new_tokens=8),
+    "sampling": SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=8),
 }
 
 

@@ -413,3 +413,6 @@ def test_what_cannot_be_trained_is_refused(train, scorer):
         train(tasks=[Task(TASKS[0].messages)])
     with pytest.raises(ValidationError, match="multiple of mini_batches"):
         PpoConfig(batch_size=10, mini_batches=3)
+    for changed in ({"top_k": 50}, {"repetition_penalty": 1.2}):
+        with pytest.raises(ValidationError, match=r"top_k must be 0 and sampling.repetition_penalty 1.*whole softmax"):
+            PpoConfig(sampling=SamplingSettings(**{"temperature": 1.0, "top_k": 0, **changed}))
