@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from alignment.added_tokens import complete_wrappers, mark_trained, put_trained_rows_in_base, rows_to_train
 from alignment.chat import TemplateError, conversation_ids
@@ -38,7 +38,9 @@ class LoraSettings(Config):
 
     r: int = Field(16, ge=1, description="Rank of the adapter matrices")
     alpha: int = Field(32, ge=1, description="Scaling numerator: updates are multiplied by alpha / r")
-    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input while training")
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="Dropout on the adapter's input while training; SFT and SL-CAI only, 0 everywhere else"
+    )
     target_modules: list[str] = Field(
         ["auto"],
         min_length=1,
@@ -48,6 +50,17 @@ class LoraSettings(Config):
     last_layers: int = Field(
         0, ge=0, description="Adapt only the last n layers: faster, since the backward pass ends there; 0 adapts all"
     )
+
+
+def _refuse_dropout(lora: LoraSettings) -> LoraSettings:
+    if lora.dropout:
+        raise ValueError(f"dropout must be 0 here, and is {lora.dropout}: only SFT and SL-CAI train with dropout")
+    return lora
+
+
+# An adapter's settings where dropout is off: a policy is compared with a reference that has none, and TRL takes it out of
+# reward models, too. A setting without effect would only change the fingerprint.
+LoraWithoutDropout = Annotated[LoraSettings, AfterValidator(_refuse_dropout)]
 
 
 class LoadSettings(Config):

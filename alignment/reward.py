@@ -35,6 +35,7 @@ from alignment.models import (
     Config,
     LoadSettings,
     LoraSettings,
+    LoraWithoutDropout,
     ModelFiles,
     load_reward_model,
     load_tokenizer,
@@ -47,7 +48,7 @@ from alignment.progress import SILENT, Log, Progress
 from alignment.records import PreferencePair, WeightedPair
 from alignment.sft import NothingToTrain
 from alignment.statistics import Interval, paired_bootstrap, wilson
-from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
+from alignment.training import OptimSettings, Trained, free_memory, length_grouped, run_trainer, trainer_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ class RewardConfig(Config):
     """Settings of a reward model (the policy's `reward_model` and the report's `evaluator` alike)."""
 
     finetuning: Literal["lora", "full"] = Field("lora", description="Train adapters over a frozen base, or all weights")
-    lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="Adapter settings, used when finetuning is lora")
+    lora: LoraWithoutDropout = Field(LoraSettings(dropout=0.0), description="Adapter settings, used when finetuning is lora")
     load: LoadSettings = Field(LoadSettings(), description="How the base is loaded")
     optim: OptimSettings = Field(
         OptimSettings(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=8), description="Training settings"
@@ -136,7 +137,6 @@ def train_reward_model(
     load = config.load
     if config.finetuning == "full":
         load = load.model_copy(update={"dtype": "float32"})
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model = load_reward_model(base, load, tokenizer=tokenizer, trainable=config.finetuning == "full", seed=config.optim.seed)
     check_length(model, config.max_length, "max_length", "lower it")
     limit = position_limit(model)
@@ -162,7 +162,14 @@ def train_reward_model(
 
     trainer = LengthGroupedRewardTrainer(
         model=model,
-        args=TrlConfig(**arguments, center_rewards_coefficient=config.center_rewards_coefficient or None),
+        args=trainer_arguments(
+            TrlConfig,
+            config.optim,
+            work=work,
+            dtype=config.load.dtype,
+            max_length=config.max_length,
+            center_rewards_coefficient=config.center_rewards_coefficient or None,
+        ),
         train_dataset=Dataset.from_list([row | column for row, column in zip(rows, columns, strict=True)]),
         peft_config=lora_config(config.lora, model, "SEQ_CLS") if config.finetuning == "lora" else None,
         processing_class=tokenizer,
@@ -172,8 +179,12 @@ def train_reward_model(
     # accelerate wraps the model's forward in autocast for training; later stages score without it, so it comes off here.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
-    # From here on the model is the one that later stages will load, not the one in memory.
-    model, gap = _reload(config, base, out, tokenizer, (readable or train)[:4], model)
+    probe = (readable or train)[:4]
+    expected = score_pairs(model, tokenizer, probe, config.score_batch_size)
+    # From here on the model is the one that later stages will load. The one in memory, with all that training needed, makes room.
+    del trainer, model
+    free_memory()
+    model, gap = _reload(config, base, out, tokenizer, probe, expected)
     chosen, rejected = score_pairs(model, tokenizer, readable, config.score_batch_size, log)
     calibration = _calibrate(config, model, tokenizer, train, chosen, rejected, log)
     write_calibration(calibration, out / "model")
@@ -383,8 +394,11 @@ def _calibrate(config, model, tokenizer, train, chosen, rejected, log) -> Calibr
     )
 
 
-def _reload(config, base, out, tokenizer, pairs, trained) -> tuple[PreTrainedModel, float]:
+def _reload(config, base, out, tokenizer, pairs, expected) -> tuple[PreTrainedModel, float]:
     """The saved model, loaded anew, and the largest change of a score, over 1 + the largest score.
+
+    Args:
+        expected: what `score_pairs` gave for the trained model.
 
     Raises:
         HeadLost: the change is more than rounding.
@@ -393,12 +407,10 @@ def _reload(config, base, out, tokenizer, pairs, trained) -> tuple[PreTrainedMod
     # from another seed than the trained one was.
     files = ModelFiles(base.base, out / "model") if config.finetuning == "lora" else ModelFiles(out / "model")
     fresh = load_reward_model(files, config.load, tokenizer=tokenizer, seed=config.optim.seed + 1)
-    expected, again = (
-        [*chosen, *rejected]
-        for chosen, rejected in (score_pairs(m, tokenizer, pairs, config.score_batch_size) for m in (trained, fresh))
-    )
-    gap = max(abs(a - b) for a, b in zip(again, expected, strict=True))
-    relative = gap / (1 + max(abs(e) for e in expected))
+    again = score_pairs(fresh, tokenizer, pairs, config.score_batch_size)
+    before, after = ([*chosen, *rejected] for chosen, rejected in (expected, again))
+    gap = max(abs(a - b) for a, b in zip(after, before, strict=True))
+    relative = gap / (1 + max(abs(b) for b in before))
     if not relative <= RELOAD_TOLERANCE:
         raise HeadLost(
             f"scores changed by up to {gap:.3f} when the saved reward model was loaded again, so its score head was not saved. "

@@ -84,7 +84,6 @@ def train_sft(
             f"all {len(train)} training conversations are longer than max_length {config.max_length} tokens, or have no token to "
             "train on. Remedy: raise max_length or shorten the data; give each an assistant turn."
         )
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     model, adapter = load_for_training(start, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
     lengths = [len(row["input_ids"]) for row in rows]
@@ -95,7 +94,7 @@ def train_sft(
 
     trainer = LengthGroupedSftTrainer(
         model=model,
-        args=TrlConfig(**arguments),
+        args=trainer_arguments(TrlConfig, config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length),
         train_dataset=Dataset.from_list(rows),
         peft_config=adapter,
         processing_class=tokenizer,

@@ -6,11 +6,12 @@ schedule, random states and data position, and a checkpoint that a kill cut shor
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -20,7 +21,9 @@ from alignment.models import Config, resolve_dtype
 from alignment.progress import Log, last_complete_checkpoint, trainer_callback
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+A = TypeVar("A", bound="TrainingArguments")
 
 
 class OptimSettings(Config):
@@ -29,7 +32,7 @@ class OptimSettings(Config):
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="Shape of the learning rate after warm-up"
+        "cosine", description="Shape of the learning rate after warm-up; constant has none, and warmup_ratio is then to be 0"
     )
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW")
@@ -46,11 +49,16 @@ class OptimSettings(Config):
     seed: int = Field(0, ge=0, description="Seed of the data order, dropout and fresh weights")
 
     @model_validator(mode="after")
-    def _multiples(self) -> OptimSettings:
+    def _settings_that_fit_together(self) -> OptimSettings:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}")
         if self.save_every % self.log_every:
             raise ValueError(f"save_every {self.save_every} must be a multiple of log_every {self.log_every}")
+        if self.scheduler == "constant" and self.warmup_ratio:
+            raise ValueError(
+                f"scheduler constant has no warm-up, and warmup_ratio is {self.warmup_ratio}; "
+                "choose constant_with_warmup, or set warmup_ratio to 0"
+            )
         return self
 
 
@@ -75,12 +83,12 @@ class Trained:
         return self.curves[name][-1][1] if self.curves.get(name) else float("nan")
 
 
-def trainer_arguments(optim: OptimSettings, *, work: Path, dtype: Any, max_length: int | None) -> dict[str, Any]:
-    """Keyword arguments common to all of TRL's config classes."""
+def trainer_arguments(kind: type[A], optim: OptimSettings, *, work: Path, dtype: Any, **own: Any) -> A:
+    """TRL's config class `kind`, filled with what all trainers have in common and with a trainer's `own` settings."""
     import torch
 
     resolved = resolve_dtype(dtype)
-    return {
+    common = {
         "output_dir": str(work / "trainer"),
         "num_train_epochs": optim.epochs,
         "learning_rate": optim.learning_rate,
@@ -102,10 +110,13 @@ def trainer_arguments(optim: OptimSettings, *, work: Path, dtype: Any, max_lengt
         "bf16": resolved == torch.bfloat16,
         "report_to": "none",
         "disable_tqdm": True,
-        "max_length": max_length,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),
     }
+    arguments = kind(**common | own)
+    # A process trains on one device. transformers would take all GPUs that it sees, by DataParallel, which TRL refuses.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def length_grouped(lengths: Sequence[int], batch_size: int, seed: int) -> Any:
@@ -133,6 +144,7 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
 
     complete_wrappers(trainer.model)
     _undo_rounding(trainer.model)
+    _end_at_the_last_step(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(log, what))
     resume = last_complete_checkpoint(work / "trainer")
@@ -140,6 +152,7 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
     with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
         # Under autocast PEFT's own cast of every input to float32 is undone at once, and costs a tenth of the step.
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    _fit_to_base(trainer.model)
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in trainer.state.log_history:
         for name, value in _numbers(entry).items():
@@ -147,14 +160,42 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
     return Trained(curves, trainer.state.global_step)
 
 
+def free_memory() -> None:
+    """Give back what nobody refers to any more: a trainer and its model refer to each other, which only a collection ends."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _undo_rounding(model: PreTrainedModel) -> None:
-    # Over a quantised base TRL turns all that is trained into bfloat16. There a step below 1/512 of a weight rounds to
-    # nothing: all of them, at the learning rates of DPO. Autocast computes in 16 bit without that; and a score head has to
-    # fit the base that it is used on.
+    # Over a quantised base TRL turns all that is trained into bfloat16, and over a 16-bit one a score head is from the start.
+    # There a step below 1/512 of a weight rounds to nothing: all of them, at the learning rates of DPO. Autocast computes in 16
+    # bit without that.
+    for parameter in model.parameters():
+        if parameter.requires_grad and hasattr(model, "peft_config"):
+            parameter.data = parameter.data.float()
+
+
+def _end_at_the_last_step(trainer: Trainer) -> None:
+    # transformers looks whether it was the last step only after one: resumed from a checkpoint of the last step, within an epoch
+    # (`epochs` 1.5), it would make one more.
+    run_epoch = trainer._run_epoch
+
+    def run_what_is_left(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = run_what_is_left
+
+
+def _fit_to_base(model: PreTrainedModel) -> None:
+    # From here on there is no autocast: a score head gets what the base computes, also where it is loaded anew.
     dtype = model.get_input_embeddings().weight.dtype
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and hasattr(model, "peft_config"):
-            parameter.data = parameter.data.to(dtype) if ".modules_to_save." in name else parameter.data.float()
+        if ".modules_to_save." in name:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _drop_incomplete(folder: Path, keep: Path | None) -> None:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from alignment.context_length import check_length
 from alignment.cpu import speed_up
-from alignment.methods.pairs import PairsConfig, tokenised_pairs
+from alignment.methods.pairs import PairsConfig, tokenised_pairs, with_room_for_an_answer
 from alignment.models import ModelFiles, load_for_training, load_tokenizer, resolve_dtype, save_model
 from alignment.progress import SILENT, Log
 from alignment.records import PreferencePair
@@ -75,11 +75,10 @@ def train_dpo(
 
     speed_up()
     tokenizer = load_tokenizer(sft.base, config.load.trust_remote_code)
-    rows = tokenised_pairs(tokenizer, pairs)
+    rows = with_room_for_an_answer(tokenised_pairs(tokenizer, pairs), config.max_length)
     lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
     model, adapter = load_for_training(sft, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
     losses = {config.loss_type: 1.0} | ({"sft": config.sft_weight} if config.sft_weight else {})
 
     class TokenisedDpoTrainer(DPOTrainer):
@@ -92,8 +91,12 @@ def train_dpo(
     trainer = TokenisedDpoTrainer(
         model=model,
         peft_config=adapter,
-        args=TrlConfig(
-            **arguments,
+        args=trainer_arguments(
+            TrlConfig,
+            config.optim,
+            work=work,
+            dtype=config.load.dtype,
+            max_length=config.max_length,
             beta=config.beta,
             loss_type=list(losses),
             loss_weights=list(losses.values()),
@@ -108,7 +111,8 @@ def train_dpo(
     metrics = {
         "train/loss": trained.mean("loss"),
         "train/loss_last": trained.last("loss"),
-        "train/pairs": len(pairs),
+        "train/pairs": len(rows),
+        "train/pairs_dropped_too_long": len(pairs) - len(rows),
         "train/rewards_accuracy_last": trained.last("rewards/accuracies"),
         "train/rewards_margin_last": trained.last("rewards/margins"),
         "train/chosen_reward_last": trained.last("rewards/chosen"),

@@ -16,6 +16,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ from alignment.models import (
     Config,
     LoadSettings,
     LoraSettings,
+    LoraWithoutDropout,
     ModelFiles,
     load_for_training,
     load_reward_model,
@@ -69,7 +71,7 @@ class GroupRlConfig(Config):
         0.2, gt=0, lt=1, description="Probability ratios are clipped to 1 +- this; they are 1 unless updates_per_batch is more"
     )
     finetuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or all weights of a full SFT model")
-    lora: LoraSettings = Field(
+    lora: LoraWithoutDropout = Field(
         LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["attention"]),
         description="The new adapter, where the SFT checkpoint is a full model; an SFT adapter keeps its own shape",
     )
@@ -138,8 +140,8 @@ def train_group_rl(
     """Train the SFT checkpoint on `tasks`; the policy goes to `out/model`. Returns curves and final metrics.
 
     Args:
-        make_trainer: makes TRL's trainer of a `Sampler`, of the arguments of its config class, and of keyword arguments
-            that are its own.
+        make_trainer: makes TRL's trainer of a `Sampler`, of a function that fills its config class (and takes more settings
+            for it), and of keyword arguments that are its own.
     """
     from datasets import Dataset
 
@@ -156,18 +158,21 @@ def train_group_rl(
     functions = reward_functions(config.rewards, _of_model(config, reward_model))
     model, adapter = load_for_training(sft, finetuning=config.finetuning, lora=config.lora, load=config.load)
     order = task_order(len(fitting), config)
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=None) | {
-        "num_train_epochs": 1,
-        "shuffle_dataset": False,
-        "disable_dropout": True,
-        "num_generations": config.num_generations,
-        "num_iterations": config.updates_per_batch,
-        "max_completion_length": config.max_new_tokens,
-        "temperature": config.temperature,
-        "beta": config.beta or MEASURED_ONLY,
-        "epsilon": config.epsilon,
-    }
-    del arguments["max_length"]
+    arguments = partial(
+        trainer_arguments,
+        optim=config.optim,
+        work=work,
+        dtype=config.load.dtype,
+        num_train_epochs=1,
+        shuffle_dataset=False,
+        disable_dropout=True,
+        num_generations=config.num_generations,
+        num_iterations=config.updates_per_batch,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        beta=config.beta or MEASURED_ONLY,
+        epsilon=config.epsilon,
+    )
     trainer = make_trainer(
         sampler,
         arguments,

@@ -59,8 +59,8 @@ def train_grpo(
             ids = sampler.render(prompts)
             return {"prompt_ids": ids, "completion_ids": sampler.sample(trainer, ids), "logprobs": None}
 
-        args = TrlConfig(
-            **arguments,
+        args = arguments(
+            TrlConfig,
             loss_type=config.loss_type,
             scale_rewards=config.scale_rewards,
             use_bias_correction_kl=False,  # a later paper's: TRL multiplies the KL by the ratio unless told otherwise

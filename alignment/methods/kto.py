@@ -64,7 +64,6 @@ def train_kto(
     rows = judged_answers(kept, config.optim.batch_size, config.optim.seed)
     model, adapter = load_for_training(sft, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
 
     class WholeBatchKtoTrainer(KTOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
@@ -85,8 +84,12 @@ def train_kto(
     trainer = WholeBatchKtoTrainer(
         model=model,
         peft_config=adapter,
-        args=TrlConfig(
-            **arguments,
+        args=trainer_arguments(
+            TrlConfig,
+            config.optim,
+            work=work,
+            dtype=config.load.dtype,
+            max_length=config.max_length,
             beta=config.beta,
             desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,

@@ -24,6 +24,7 @@ from alignment.methods.pairs import PairsConfig, tokenised_pairs, with_room_for_
 from alignment.models import (
     LoadSettings,
     LoraSettings,
+    LoraWithoutDropout,
     ModelFiles,
     load_for_training,
     load_tokenizer,
@@ -47,7 +48,7 @@ class OrpoConfig(PairsConfig):
         description="Human comparisons that join the constitutional pairs: a seeded sample of those the reward model learns "
         "from, worked critiques left out; -1 takes all. With the chosen constitutional answers they are all it is fine-tuned on",
     )
-    lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="The new adapter over the base model")
+    lora: LoraWithoutDropout = Field(LoraSettings(dropout=0.0), description="The new adapter over the base model")
     load: LoadSettings = Field(LoadSettings(), description="How the base is loaded")
     optim: OptimSettings = Field(
         OptimSettings(epochs=1, learning_rate=8e-5, batch_size=8, micro_batch_size=2), description="Training settings"
@@ -76,7 +77,6 @@ def train_orpo(
     lengths = [max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])) for row in rows]
     model, adapter = load_for_training(base, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
-    arguments = trainer_arguments(config.optim, work=work, dtype=config.load.dtype, max_length=config.max_length)
 
     class TokenisedOrpoTrainer(ORPOTrainer):
         def tokenize_row(self, feature, model=None):
@@ -92,7 +92,15 @@ def train_orpo(
     trainer = TokenisedOrpoTrainer(
         model=model,
         peft_config=adapter,
-        args=TrlConfig(**arguments, beta=config.beta, remove_unused_columns=False),
+        args=trainer_arguments(
+            TrlConfig,
+            config.optim,
+            work=work,
+            dtype=config.load.dtype,
+            max_length=config.max_length,
+            beta=config.beta,
+            remove_unused_columns=False,
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from alignment.chat import answer_ids
-from alignment.models import Config, LoadSettings, LoraSettings
+from alignment.models import Config, LoadSettings, LoraSettings, LoraWithoutDropout
 from alignment.records import PreferencePair
 from alignment.sft import NothingToTrain
 from alignment.training import OptimSettings
@@ -29,7 +29,7 @@ class PairsConfig(Config):
         "from, worked critiques left out; -1 takes all. They keep the policy helpful where nothing is harmful",
     )
     finetuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or all weights of a full SFT model")
-    lora: LoraSettings = Field(
+    lora: LoraWithoutDropout = Field(
         LoraSettings(r=64, alpha=16, dropout=0.0, target_modules=["attention"]),
         description="The new adapter, where the SFT checkpoint is a full model; an SFT adapter keeps its own shape",
     )

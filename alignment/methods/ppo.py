@@ -19,7 +19,6 @@ row), and nothing else is carried along but weights, optimiser moments and the K
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -49,11 +48,20 @@ from alignment.methods.ppo_losses import (
 )
 from alignment.methods.roles import Roles, Sequences, make_roles, micro_batches
 from alignment.methods.tasks import TaskKind
-from alignment.models import Config, LoadSettings, LoraSettings, ModelFiles, load_tokenizer, resolve_dtype, save_model
+from alignment.models import (
+    Config,
+    LoadSettings,
+    LoraSettings,
+    LoraWithoutDropout,
+    ModelFiles,
+    load_tokenizer,
+    resolve_dtype,
+    save_model,
+)
 from alignment.progress import COMPLETE, SILENT, Log, last_complete_checkpoint
 from alignment.rewards import RewardWeights, Rollout, Task, model_reward, reward_functions, total_rewards
 from alignment.sft import NothingToTrain
-from alignment.training import Trained
+from alignment.training import Trained, free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -89,13 +97,14 @@ class PpoConfig(Config):
     rewards: RewardWeights = Field(RewardWeights(), description="What is maximised: a weighted sum")
     tasks: TaskKind = Field("prompts", description="Train on the constitution's prompts, on problems with answers, or on both")
     sampling: SamplingSettings = Field(
-        SamplingSettings(temperature=0.7, top_k=0, max_new_tokens=128), description="How the policy answers while it trains"
+        SamplingSettings(temperature=0.7, top_k=0, max_new_tokens=128),
+        description="How the policy answers while it trains; top_k is to be 0 and repetition_penalty 1: the whole softmax learns",
     )
     critic_start: Literal["reward_model", "sft"] = Field(
         "reward_model", description="What the critic starts as; sft has a value head of zeros"
     )
     finetuning: Literal["lora", "full"] = Field("lora", description="Train adapters, or all weights of full models")
-    lora: LoraSettings = Field(LoraSettings(dropout=0.0), description="New adapters, where there is none to continue")
+    lora: LoraWithoutDropout = Field(LoraSettings(dropout=0.0), description="New adapters, where there is none to continue")
     share_base: bool = Field(
         True, **layout("Policy, reference, critic and reward model as adapters of one loaded base; false: a model each")
     )
@@ -111,11 +120,16 @@ class PpoConfig(Config):
     seed: int = Field(0, ge=0, description="Seed of the order of prompts, of sampling and of mini-batches")
 
     @model_validator(mode="after")
-    def _whole_mini_batches(self) -> PpoConfig:
+    def _settings_that_fit_together(self) -> PpoConfig:
         if self.batch_size % self.mini_batches:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of mini_batches {self.mini_batches}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0: greedy answers explore nothing")
+        if self.sampling.top_k or self.sampling.repetition_penalty != 1:
+            raise ValueError(
+                "sampling.top_k must be 0 and sampling.repetition_penalty 1: the log-probabilities that the loss compares are "
+                "those of the whole softmax, and answers are to be drawn from it"
+            )
         return self
 
 
@@ -151,8 +165,6 @@ def train_ppo(
         NothingToTrain: every prompt is longer than `max_prompt_length`.
         UserError: rewards that apply to nothing, or roles that cannot be loaded so.
     """
-    import torch
-
     speed_up()
     tokenizer = load_tokenizer(sft.base, config.load.trust_remote_code)
     prompts = [(task, prompt_ids(tokenizer, task.messages)) for task in tasks]
@@ -205,9 +217,7 @@ def train_ppo(
     with roles.policy.active():
         save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     del roles, learner, reuse, model, functions, of_model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return trained, _final_metrics(trained, len(tasks) - len(prompts))
 
 

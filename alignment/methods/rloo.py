@@ -55,6 +55,6 @@ def train_rloo(
             def _generate_single_turn(self, prompt_ids, *args, **kwargs):
                 return sampler.sample(self, prompt_ids)
 
-        return SeededRlooTrainer(args=TrlConfig(**arguments), **kwargs)
+        return SeededRlooTrainer(args=arguments(TrlConfig), **kwargs)
 
     return train_group_rl("RLOO", trainer, config, sft, reward_model, tasks, work=work, out=out, log=log)

@@ -229,7 +229,12 @@ def dpo(sft, float32, tmp_path_factory):
             lora=LoraSettings(r=8, alpha=16, dropout=0.0, target_modules=["all-linear"]),
             load=float32,
             optim=OptimSettings(
-                epochs=20, learning_rate=settings.pop("learning_rate"), scheduler="constant", batch_size=12, micro_batch_size=12
+                epochs=20,
+                learning_rate=settings.pop("learning_rate"),
+                scheduler="constant",
+                warmup_ratio=0.0,
+                batch_size=12,
+                micro_batch_size=12,
             ),
             **settings,
         )

@@ -103,7 +103,7 @@ def test_it_starts_at_the_reference(eight_steps):
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_the_loss_is_the_papers(train, sft, float32, tiny_model, beta):
     # The second step's loss, from the policy as it was after the first: the same training, ended one step earlier.
-    whole = {"batch_size": 16, "micro_batch_size": 16, "scheduler": "constant", "learning_rate": 3e-3}
+    whole = {"batch_size": 16, "micro_batch_size": 16, "scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 3e-3}
     one, _, folder = train(beta=beta, optim=whole | {"epochs": 1})
     two, _, _ = train(beta=beta, optim=whole | {"epochs": 2})
     assert curve(two)[0] == curve(one)[0]
@@ -272,3 +272,16 @@ def test_all_weights_of_an_adapter_cannot_be_trained(train):
 def test_without_pairs_there_is_nothing_to_train(train):
     with pytest.raises(NothingToTrain, match=r"no preference pairs.*Remedy"):
         train(pairs=[])
+
+
+def test_pairs_without_room_for_an_answer_are_dropped_and_counted(train, largest_difference):
+    long = PreferencePair(id="long", prompt="x" * 300, chosen="a", rejected="b")
+    once = {"max_length": 200, "optim": {"epochs": 1}}
+    trained, metrics, folder = train(pairs=[*PAIRS, long], **once)
+    assert (metrics["train/pairs"], metrics["train/pairs_dropped_too_long"]) == (16, 1)
+    without, metrics, same = train(**once)
+    assert (metrics["train/pairs"], metrics["train/pairs_dropped_too_long"]) == (16, 0)
+    assert curve(trained) == curve(without)
+    assert largest_difference(folder, same) == 0
+    with pytest.raises(NothingToTrain, match=r"every one of 1 pairs has a prompt of max_length 200 tokens or more.*Remedy"):
+        train(pairs=[long], **once)

@@ -35,7 +35,14 @@ def train(sft_adapter, tiny_model, tasks, float32, tmp_path_factory):
         folder = folder or tmp_path_factory.mktemp(name)
         for sub in ("work", "out"):
             (folder / sub).mkdir(exist_ok=True)
-        given = {"scheduler": "constant", "learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 8, "save_every": 2}
+        given = {
+            "scheduler": "constant",
+            "warmup_ratio": 0.0,
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "micro_batch_size": 8,
+            "save_every": 2,
+        }
         config = METHODS[name].config(
             **{"load": float32, "num_generations": 4, "max_new_tokens": 6, "rewards": CORRECT, **settings},
             optim=OptimSettings(**given | (optim or {})),

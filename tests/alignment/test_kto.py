@@ -53,7 +53,7 @@ def log_probs(files, float32, rows, answer):
 def test_the_loss_is_the_papers(train, sft_adapter, float32, undesirable_weight, above, micro_batch_size):
     # The third step's loss, from the policy as it was after the second: the same training, ended one step earlier.
     settings = {"beta": BETA, "desirable_weight": DESIRABLE, "undesirable_weight": undesirable_weight}
-    optim = {"batch_size": 16, "micro_batch_size": micro_batch_size, "scheduler": "constant"}
+    optim = {"batch_size": 16, "micro_batch_size": micro_batch_size, "scheduler": "constant", "warmup_ratio": 0.0}
     _, _, folder = train(optim=optim | {"epochs": 2}, **settings)
     three, _, _ = train(optim=optim | {"epochs": 3}, **settings)
     policy = ModelFiles(sft_adapter.base, folder)

@@ -4,12 +4,15 @@ import ast
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 import alignment
 from alignment.methods import METHODS, Training
 from alignment.models import LoadSettings, LoraSettings
 from alignment.progress import SILENT
+from alignment.recipes import Recipe
 from alignment.records import Conversation, Message, PreferencePair, Prompt
+from alignment.reward import RewardConfig
 from alignment.training import OptimSettings
 
 # Settings under which every other one matters, and for each of these another value. `finetuning`, `lora`, `load` and `optim`
@@ -94,9 +97,7 @@ CASES = {
             "whiten_advantages": False,
             "missing_eos_penalty": 0.0,
             "sampling.temperature": 0.5,
-            "sampling.top_k": 3,
             "sampling.max_new_tokens": 4,
-            "sampling.repetition_penalty": 2.0,
             "critic_start": "reward_model",
             "seed": 1,
         },
@@ -142,7 +143,9 @@ def policy(four_answers, folder, tmp_path_factory):
             method, place = METHODS[name], tmp_path_factory.mktemp(name)
             for sub in ("work", "out"):
                 (place / sub).mkdir()
-            optim = OptimSettings(epochs=2, learning_rate=3e-3, scheduler="constant", batch_size=4, micro_batch_size=4)
+            optim = OptimSettings(
+                epochs=2, learning_rate=3e-3, scheduler="constant", warmup_ratio=0.0, batch_size=4, micro_batch_size=4
+            )
             optim = {"optim": optim} if "optim" in method.config.model_fields else {}
             config = method.config.model_validate(
                 {
@@ -185,6 +188,14 @@ def test_a_setting_changes_the_policy(policy, largest_difference, monkeypatch, n
     monkeypatch.setattr("alignment.rewards.answer_format", lambda rollouts: [float(len(r.completion)) for r in rollouts])
     settings, others = CASES[name]
     assert largest_difference(policy(name, settings), policy(name, with_other(settings, path, others[path]))) > 1e-5
+
+
+@pytest.mark.parametrize("config", [RewardConfig, *(method.config for name, method in METHODS.items() if name != "sl_cai")])
+def test_dropout_is_refused_where_there_is_none(config):
+    with pytest.raises(ValidationError, match=r"lora\n.*dropout must be 0 here, and is 0.1: only SFT and SL-CAI train with"):
+        config(lora={"dropout": 0.1})
+    recipe = Recipe(Path("recipe.yaml"), {"stage": {"lora": {"r": 4}}})
+    assert recipe.config("stage", config).lora.dropout == 0.0  # what a recipe does not name is the stage's own default
 
 
 @pytest.mark.parametrize("name", METHODS)

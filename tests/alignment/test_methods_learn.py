@@ -26,7 +26,13 @@ FLOAT32 = LoadSettings(dtype="float32")
 
 def optim(seed, epochs, learning_rate):
     return OptimSettings(
-        seed=seed, epochs=epochs, learning_rate=learning_rate, scheduler="constant", batch_size=32, micro_batch_size=32
+        seed=seed,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        scheduler="constant",
+        warmup_ratio=0.0,
+        batch_size=32,
+        micro_batch_size=32,
     )
 
 

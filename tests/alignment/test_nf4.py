@@ -41,7 +41,7 @@ SHORT = {
     "critic_learning_rate": 1e-3,
     "num_generations": 4,
     "max_new_tokens": 8,
-    "sampling": SamplingSettings(temperature=1.0, max_new_tokens=8),
+    "sampling": SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=8),
 }
 
 
@@ -162,12 +162,27 @@ def test_small_steps_are_not_lost(sft, nf4, tmp_path_factory):
     """At learning rates like DPO's a weight moves by less than the distance of two 16-bit numbers."""
     _, _, start = sft
     where = folders(tmp_path_factory, "dpo")
-    optim = OptimSettings(epochs=1, learning_rate=1e-6, scheduler="constant", batch_size=16, micro_batch_size=8)
+    optim = OptimSettings(epochs=1, learning_rate=1e-6, scheduler="constant", warmup_ratio=0.0, batch_size=16, micro_batch_size=8)
     train_dpo(DpoConfig(load=nf4, optim=optim), start, PAIRS, **where)
     after, before = (only_an_adapter_is_in(folder) for folder in (where["out"] / "model", start.adapter))
     steps = torch.cat([(after[key] - before[key].bfloat16().float()).abs().flatten() for key in after])  # TRL rounds the start
     assert (steps > 0).float().mean() > 0.9
     assert steps.max() < 1e-5
+
+
+def test_small_steps_of_a_score_head_are_not_lost_either(tiny_model, nf4, tmp_path_factory):
+    """Each of 40 steps is less than half the distance of two 16-bit numbers from most weights, all of them are several."""
+    where = folders(tmp_path_factory, "reward")
+    optim = OptimSettings(
+        epochs=40, learning_rate=2e-5, scheduler="constant", warmup_ratio=0.0, batch_size=16, micro_batch_size=16
+    )
+    train_reward_model(RewardConfig(lora=LORA, load=nf4, optim=optim), ModelFiles(tiny_model), PAIRS, [], **where)
+    drawn = load_reward_model(ModelFiles(tiny_model), nf4, tokenizer=load_tokenizer(tiny_model), seed=optim.seed)
+    (head,) = (value for name, value in only_an_adapter_is_in(where["out"] / "model").items() if "score" in name)
+    assert head.dtype == getattr(torch, nf4.dtype)  # as the base, which it is used on
+    steps = (head.float() - drawn.score.weight.bfloat16().float()).abs()
+    assert (steps > 2e-4).float().mean() > 0.9
+    assert steps.max() < 2e-3
 
 
 def test_gradients_are_those_of_the_dequantised_weights_also_after_an_evaluation(sft, float32):

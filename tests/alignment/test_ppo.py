@@ -27,6 +27,7 @@ DIGITS = "0123"
 QUESTIONS = [f"question {i}" for i in range(4)]
 TASKS = [Task(({"role": "user", "content": q},), "2") for q in QUESTIONS]
 LORA = LoraSettings(target_modules=["all-linear"], dropout=0.05)
+REWARD_LORA = LORA.model_copy(update={"dropout": 0.0})
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def scorer(base, float32, tmp_path_factory):
         if a > b
     ]
     optim = OptimSettings(epochs=20, learning_rate=1e-2, batch_size=24, micro_batch_size=24, save_every=100)
-    config = RewardConfig(lora=LORA, load=float32, optim=optim)
+    config = RewardConfig(lora=REWARD_LORA, load=float32, optim=optim)
     _, metrics, _ = train_reward_model(config, base, pairs, pairs, work=folder / "work", out=folder)
     assert metrics["heldout/accuracy"] > 0.95
     return ModelFiles(base.base, folder / "model")
@@ -281,7 +282,7 @@ def test_a_reward_model_over_another_base_scores_by_itself(train, sft, tiny_gpt2
     pairs = [PreferencePair(id=q, prompt=q, chosen="3", rejected="0") for q in QUESTIONS]
     optim = OptimSettings(epochs=4, learning_rate=1e-2, batch_size=4, micro_batch_size=4)
     train_reward_model(
-        RewardConfig(lora=LORA, load=float32, optim=optim),
+        RewardConfig(lora=REWARD_LORA, load=float32, optim=optim),
         ModelFiles(tiny_gpt2),
         pairs,
         pairs,
@@ -412,3 +413,6 @@ def test_what_cannot_be_trained_is_refused(train, scorer):
         train(tasks=[Task(TASKS[0].messages)])
     with pytest.raises(ValidationError, match="multiple of mini_batches"):
         PpoConfig(batch_size=10, mini_batches=3)
+    for changed in ({"top_k": 50}, {"repetition_penalty": 1.2}):
+        with pytest.raises(ValidationError, match=r"top_k must be 0 and sampling.repetition_penalty 1.*whole softmax"):
+            PpoConfig(sampling=SamplingSettings(**{"temperature": 1.0, "top_k": 0, **changed}))

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import weakref
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -131,6 +132,51 @@ def test_saving_and_loading_changes_no_bit_of_a_score(either):
 def test_nor_does_it_in_bfloat16(train):
     _, metrics, _, _ = train(load=LoadSettings(dtype="bfloat16"))
     assert metrics["reload/score_gap"] == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_trained_model_makes_room_for_the_saved_one(train, monkeypatch, kind):
+    trained, left = [], []
+
+    def save(model, *args):
+        trained.append(weakref.ref(model.get_input_embeddings()))
+        really_save(model, *args)
+
+    def load(*args, **kwargs):
+        left.append([ref() for ref in trained])
+        return really_load(*args, **kwargs)
+
+    really_save, really_load = alignment.reward.save_model, alignment.reward.load_reward_model
+    monkeypatch.setattr(alignment.reward, "save_model", save)
+    monkeypatch.setattr(alignment.reward, "load_reward_model", load)
+    train(finetuning=kind, train=TRAIN[:32])
+    assert left == [[], [None]]  # when the base was loaded, and when the saved model was
+
+
+def test_small_steps_of_the_score_head_are_not_lost_over_a_16_bit_base(train, config, tiny_model):
+    """At this learning rate a step is less than half the distance of two 16-bit numbers from most weights."""
+    import torch
+
+    optim = config.optim.model_copy(update={"epochs": 4, "learning_rate": 2e-5, "scheduler": "constant", "warmup_ratio": 0.0})
+    half = LoadSettings(dtype="bfloat16")
+    _, _, _, folder = train(load=half, optim=optim)
+    drawn = load_reward_model(ModelFiles(tiny_model), half, tokenizer=load_tokenizer(tiny_model), seed=optim.seed)
+    (head,) = (w for name, w in load_file(folder / "adapter_model.safetensors").items() if "score" in name)
+    assert head.dtype == torch.bfloat16  # as the base, which it is used on
+    assert ((head - drawn.score.weight).abs() > 2e-4).float().mean() > 0.9
+
+
+def test_a_killed_training_in_bfloat16_ends_like_one_too(train, recording_log, interrupted, largest_difference, tmp_path):
+    half = LoadSettings(dtype="bfloat16")
+    _, metrics, _, folder = train(load=half)
+    log, _ = recording_log(until=7)
+    with pytest.raises(interrupted):
+        train(tmp_path, log=log, load=half)
+    (weights,) = (tmp_path / "work" / "trainer" / "checkpoint-4").glob("adapter_model.safetensors")
+    assert {str(w.dtype) for w in load_file(weights).values()} == {"torch.float32"}
+    _, again, _, resumed = train(tmp_path, load=half)
+    assert largest_difference(resumed, folder) == 0
+    assert again == metrics
 
 
 def test_the_saved_model_is_safetensors_with_its_score_head_and_tokenizer(either):

@@ -204,6 +204,30 @@ def test_a_training_that_was_killed_twice_and_once_while_saving(train, recording
     assert largest_difference(resumed, folder) < 1e-5
 
 
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+@pytest.mark.parametrize("epochs", [0.5, 1.5, 2])
+def test_a_training_that_was_killed_after_its_last_step_makes_no_other(
+    train, recording_log, interrupted, largest_difference, tmp_path, monkeypatch, epochs, finetuning
+):
+    settings = {"epochs": epochs, "scheduler": "constant", "warmup_ratio": 0.0, "finetuning": finetuning, "heldout": HELDOUT}
+    trained, metrics, folder = train(**settings)
+    with monkeypatch.context() as patch:
+
+        def killed(*args):
+            raise interrupted
+
+        patch.setattr(sft, "save_model", killed)
+        with pytest.raises(interrupted):
+            train(tmp_path, **settings)
+    log, seen = recording_log()
+    resumed, again, resumed_folder = train(tmp_path, log=log, **settings)
+    assert seen == []
+    assert resumed.steps == trained.steps == 4 * epochs
+    assert resumed.curves == trained.curves
+    assert again == metrics
+    assert largest_difference(resumed_folder, folder) == 0
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, largest_difference):
     _, _, a = train(finetuning="full")
     _, _, b = train(finetuning="full")
