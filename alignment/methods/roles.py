@@ -427,13 +427,15 @@ def _add_adapter(peft: PeftModel, folder: Path, name: str, *, trainable: bool = 
 def _own_critic(sft, reward, load, tokenizer, full, lora, seed) -> CriticRole:
     from peft import get_peft_model
 
+    # Of a full model, LoRA trains a new adapter, made below; its own weights may then be in 4 bit.
+    trainable = full or (reward or sft).adapter is not None
     if reward is not None:
-        model = load_reward_model(reward, load, tokenizer=tokenizer, trainable=True)
+        model = load_reward_model(reward, load, tokenizer=tokenizer, trainable=trainable)
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
         score = inner.score
         head = (score.modules_to_save["default"] if hasattr(score, "modules_to_save") else score).weight
     else:
-        model = load_causal_lm(sft, load, trainable=True)
+        model = load_causal_lm(sft, load, trainable=trainable)
         inner = model.get_base_model() if hasattr(model, "peft_config") else model
         head = _zeros(inner)
     if not full and not hasattr(model, "peft_config"):

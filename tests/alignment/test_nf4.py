@@ -282,6 +282,22 @@ def test_a_method_trains_the_sft_adapter_over_the_4_bit_base(
     assert generate(policy, tokenizer, [question], SamplingSettings(temperature=0, max_new_tokens=4))[0].tokens > 0
 
 
+@pytest.mark.parametrize("critic_start", ["sft", "reward_model"])
+def test_ppo_with_a_model_for_each_role_trains_new_adapters_over_full_4_bit_models(
+    critic_start, inputs, nf4, tiny_model, tmp_path_factory
+):
+    known = METHODS["ppo"].config.model_fields
+    short = {key: value for key, value in SHORT.items() if key in known}
+    config = METHODS["ppo"].config(load=nf4, share_base=False, critic_start=critic_start, **short)
+    (root, reward_model), where = inputs, folders(tmp_path_factory, "ppo")
+    full = ModelFiles(tiny_model)
+    models = {"base_model": full, "sft_checkpoint": full, "reward_model": reward_model, "human_reward_model": reward_model}
+    assets = {asset: root / asset for asset in METHODS["ppo"].inputs}
+    trained, _ = METHODS["ppo"].train(config, Training(models, assets, ["any"], **where, log=SILENT))
+    assert trained.steps == 2
+    only_an_adapter_is_in(where["out"] / "model")
+
+
 def test_dpo_learns_the_pairs(sft, nf4, tmp_path_factory):
     _, _, start = sft
     where = folders(tmp_path_factory, "dpo")
