@@ -48,7 +48,6 @@ def champion(
             return Outcome(
                 metrics={"promoted": float(promoted), "candidates": len(reports)},
                 facts=decision,
-                summary=decision_table(best, promoted, rules),
                 tables={"decision": [{"method": n, **rule} for n, verdict in rules.items() for rule in verdict]},
                 handle={"method": best, "promoted": promoted, "policy": reports[best].policy if best else None},
             )
@@ -128,21 +127,20 @@ def decision_text(decision: Champion) -> str:
 
 
 def rules_table(decision: Champion) -> dg.TableMetadataValue:
-    """The gate's rules for the candidate, one row each: rule, whether it passes, why."""
+    """The gate's rules for all candidates, the best one's first; one row each: method, rule, whether it passes, why."""
+    verdicts = sorted(decision.facts["rules"].items(), key=lambda item: item[0] != decision.method)
     return dg.MetadataValue.table(
         [
-            dg.TableRecord({"rule": rule["name"], "passes": rule["passed"], "reason": rule["reason"]})
-            for rule in decision.facts["rules"].get(decision.method, [])
+            dg.TableRecord({"method": name, "rule": rule["name"], "passes": rule["passed"], "reason": rule["reason"]})
+            for name, verdict in verdicts
+            for rule in verdict
         ],
-        dg.TableSchema([dg.TableColumn("rule"), dg.TableColumn("passes", "bool"), dg.TableColumn("reason")]),
+        dg.TableSchema(
+            [
+                dg.TableColumn("method"),
+                dg.TableColumn("rule"),
+                dg.TableColumn("passes", "bool"),
+                dg.TableColumn("reason"),
+            ]
+        ),
     )
-
-
-def decision_table(best: str | None, promoted: bool, rules: dict[str, list[dict]]) -> str:
-    """The decision as Markdown."""
-    lines = [f"**{best or 'No candidate'}: {'promoted' if promoted else 'not promoted'}**", ""]
-    for name, verdict in rules.items():
-        lines += [f"| {name} | passes | why |", "|---|---|---|"]
-        lines += [f"| {r['name']} | {'yes' if r['passed'] else 'NO'} | {r['reason']} |" for r in verdict]
-        lines.append("")
-    return "\n".join(lines)

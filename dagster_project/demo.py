@@ -109,7 +109,8 @@ def summary_table(rows: list[dict[str, Any]], run_id: str, seconds: float) -> st
     decision = next((row for row in rows if row["asset"] == "champion"), None)
     if decision:
         lines += ["", f"champion: {decision['decision']}"]
-        for rule in (record.data for record in decision["rules"].records):
+        rules = [record.data for record in decision["rules"].records]  # the best candidate's first
+        for rule in (rule for rule in rules if rule["method"] == rules[0]["method"]):
             lines.append(f"  {'passes' if rule['passes'] else 'FAILS '} {rule['rule']}: {rule['reason']}")
         for key, what in (("registered", "registered in MLflow"), ("policy", "its files"), ("base", "base model of its adapter")):
             if key in decision:

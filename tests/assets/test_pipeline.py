@@ -368,7 +368,13 @@ def test_a_policy_is_registered_as_challenger_and_champion_only_if_promoted(firs
         else f"{name}: not promoted, fails {', '.join(rule['name'] for rule in judged if not rule['passed'])}"
     )
     shown = [record.data for record in first.metadata("champion")["rules"].records]
-    assert shown == [{"rule": rule["name"], "passes": rule["passed"], "reason": rule["reason"]} for rule in judged]
+    assert [row["method"] for row in shown[: len(judged)]] == [name] * len(judged)  # the best candidate's come first
+    expected = [
+        {"method": method, "rule": rule["name"], "passes": rule["passed"], "reason": rule["reason"]}
+        for method, rules in decision["rules"].items()
+        for rule in rules
+    ]
+    assert sorted(shown, key=str) == sorted(expected, key=str)
     assert first.metadata("champion")["registered"] == (
         f"aligned-policy-general version {versions[policy].version} "
         f"({'challenger, champion' if decision['promoted'] else 'challenger'})"

@@ -95,14 +95,19 @@ def test_without_reports_nothing_is_compared():
     assert "gain over SFT" not in "\n".join(lines_of(row("prompts")))
 
 
-def rules(*rows: tuple[str, bool, str]) -> dg.TableMetadataValue:
-    columns = [dg.TableColumn("rule"), dg.TableColumn("passes", "bool"), dg.TableColumn("reason")]
-    records = [dg.TableRecord({"rule": name, "passes": passes, "reason": reason}) for name, passes, reason in rows]
+def rules(*rows: tuple[str, str, bool, str]) -> dg.TableMetadataValue:
+    names = ("method", "rule", "passes", "reason")
+    columns = [dg.TableColumn(name, "bool" if name == "passes" else "string") for name in names]
+    records = [dg.TableRecord(dict(zip(names, row, strict=True))) for row in rows]
     return dg.MetadataValue.table(records, dg.TableSchema(columns))
 
 
 def test_the_champions_decision_its_rules_and_the_registration_come_last():
-    judged = rules(("better than SFT", False, "gain -0.010"), ("length", True, "30 tokens against 31"))
+    judged = rules(
+        ("dpo", "better than SFT", False, "gain -0.010"),
+        ("dpo", "length", True, "30 tokens against 31"),
+        ("ppo", "better than SFT", False, "gain -0.020"),  # not the best candidate's
+    )
     registered = "aligned-policy-general version 1 (challenger)"
     decision = "dpo: not promoted, fails better than SFT"
     files = {"policy": "storage/artifacts/aligned_policy/dpo/1/model", "base": "storage/artifacts/base_model/2/model"}
