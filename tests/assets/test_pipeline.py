@@ -4,6 +4,7 @@ second run reuses. The runs are those of `make demo`: multiprocess executor, one
 
 import base64
 import json
+import operator
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -374,7 +375,8 @@ def test_a_policy_is_registered_as_challenger_and_champion_only_if_promoted(firs
         for method, rules in decision["rules"].items()
         for rule in rules
     ]
-    assert sorted(shown, key=str) == sorted(expected, key=str)
+    by_name = operator.itemgetter("method", "rule")
+    assert sorted(shown, key=by_name) == sorted(expected, key=by_name)
     assert first.metadata("champion")["registered"] == (
         f"aligned-policy-general version {versions[policy].version} "
         f"({'challenger, champion' if decision['promoted'] else 'challenger'})"
