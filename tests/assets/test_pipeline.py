@@ -4,8 +4,8 @@ second run reuses. The runs are those of `make demo`: multiprocess executor, one
 
 import base64
 import json
-import operator
 import math
+import operator
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
