@@ -97,11 +97,10 @@ def recorded_reports(context: dg.AssetExecutionContext, store: ArtifactStore) ->
         key = f"policy_report/{name}"
         digest = last_fingerprint(context, key)
         record = store.record(key, digest) if digest else None
-        report = store.find(key, digest) if record else None
-        if record is None or not isinstance(report, PolicyReport):
+        if record is None:
             continue
         if record.inputs["sft_report"] == baseline:
-            found[name] = report
+            found[name] = PolicyReport.model_validate(record.handle)
         else:
             context.log.warning(
                 f"{name} is left out: its report compares with another SFT checkpoint, or by another evaluator, than "

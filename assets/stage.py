@@ -238,14 +238,14 @@ class user_errors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, UserError):
-            if self._attempt:
-                self._attempt.tags({"alignment.error": str(error)[:4000]})
-            raise dg.Failure(str(error), allow_retries=False) from error
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself is not imported for it
+            problem = str(error)
+        elif type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself is not imported for it
             problem = f"out of GPU memory: {str(error).splitlines()[0]} Remedy: {LESS_MEMORY}."
-            if self._attempt:
-                self._attempt.tags({"alignment.error": problem[:4000]})
-            raise dg.Failure(problem, allow_retries=False) from error
+        else:
+            return
+        if self._attempt:
+            self._attempt.tags({"alignment.error": problem[:4000]})
+        raise dg.Failure(problem, allow_retries=False) from error
 
 
 @cache
