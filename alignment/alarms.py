@@ -93,7 +93,7 @@ class Watch:
         needs: metrics it decides from.
         description: what holds while it is silent.
         remedy: what to do when it fires.
-        decide: bounds and the needed metrics, in their order -> (fired, the numbers).
+        decide: bounds, the needed metrics, in their order, and the settings -> (fired, the numbers).
         optional: silent, too, where the metrics do not exist.
         across: compares several assets, in a check of its own.
     """
@@ -108,6 +108,7 @@ class Watch:
     decide: Decide
     optional: bool
     across: bool
+    settings: tuple[str, ...]
 
 
 ALARMS: dict[str, Watch] = {}
@@ -119,14 +120,15 @@ def watches(asset: str) -> list[Watch]:
 
 
 def sound(watch: Watch, metrics: Mapping[str, float], bounds: AlarmConfig) -> Alarm:
-    """Decide one alarm from an artifact's metrics."""
-    missing = [n for n in watch.needs if not math.isfinite(metrics.get(n, math.nan))]
+    """Decide one alarm from an artifact's metrics, and the settings that it compares them with, in the same mapping."""
+    needs = (*watch.needs, *watch.settings)
+    missing = [n for n in needs if not math.isfinite(metrics.get(n, math.nan))]
     if missing and watch.optional:
         return Alarm(watch.name, watch.severity, False, f"not measured here: {', '.join(missing)}")
     if missing:
         fired, numbers = True, f"cannot be decided, not measured: {', '.join(missing)}"
     else:
-        fired, numbers = watch.decide(bounds, *(metrics[n] for n in watch.needs))
+        fired, numbers = watch.decide(bounds, *(metrics[n] for n in needs))
     return Alarm(watch.name, watch.severity, fired, f"{numbers}. Remedy: {watch.remedy}" if fired else numbers)
 
 
@@ -139,6 +141,7 @@ def _watch(
     *,
     optional: bool = False,
     across: bool = False,
+    settings: Sequence[str] = (),
 ) -> Callable[[Decide], Decide]:
     """Enter a function into the table: its name is the check's, its docstring the check's description."""
 
@@ -154,6 +157,7 @@ def _watch(
             decide=decide,
             optional=optional,
             across=across,
+            settings=tuple(settings),
         )
         return decide
 
@@ -481,12 +485,13 @@ def judge_beats_length(bounds: AlarmConfig, accuracy: float, gain: float, low: f
 @_watch(
     10,
     ["constitutional_preference_pairs"],
-    ["share_kept", "min_share_kept", "pairs"],
+    ["share_kept", "pairs"],
     "see filtered/* for the reasons, and the table of revisions; raise revision.max_new_tokens where many are truncated, improve "
     "the critic, sample more candidates or relax filters.",
     "error",
+    settings=["filters.min_share_kept"],
 )
-def share_kept(bounds: AlarmConfig, share: float, least: float, pairs: float) -> tuple[bool, str]:
+def share_kept(bounds: AlarmConfig, share: float, pairs: float, least: float) -> tuple[bool, str]:
     """Enough of the prompts end in a pair worth training on (filters.min_share_kept)."""
     return share < least, f"{share:.0%} of the prompts ended in a pair ({pairs:.0f}); at least {least:.0%} are asked for"
 

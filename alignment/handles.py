@@ -19,6 +19,17 @@ class GeneratedData(BaseModel):
     rows: int = Field(description="Pairs or comparisons in it")
 
 
+class DataSource(BaseModel):
+    """A file, or a data set of the Hub, at the version that a data set was read from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="The file's name without its ending")
+    source: str = Field(description="Path as the recipe gives it, or Hub id")
+    md5: str = Field(description="md5 of the file, by which DVC knows it; of a Hub id, that of its name")
+    rows: int = Field(description="Rows in it; 0 where they were not counted")
+
+
 class Handle(BaseModel):
     """Base of all handles."""
 
@@ -32,6 +43,7 @@ class Handle(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict, description="Final metrics of the run that computed it")
     facts: dict[str, Any] = Field(default_factory=dict, description="Counts and settings later stages or people need")
     dvc_md5: str | None = Field(None, description="Version of `data/` it was made of, by its md5; older artifacts do not say")
+    sources: tuple[DataSource, ...] = Field((), description="What a data set was read from; empty for all else")
     generated: tuple[GeneratedData, ...] = Field(
         (), description="Generated data it is, or was made of, directly or through others"
     )

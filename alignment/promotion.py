@@ -1,8 +1,8 @@
 """The gate: which candidate is promoted, and rule by rule why or why not.
 
 A candidate passes when the 95 % interval of its paired gain over the SFT checkpoint lies above zero, enough prompts were
-compared for it to mean something, and no guardrail is worse than its margin. A measurement that is missing fails its rule:
-what was not measured is not evidence.
+compared for it to mean something, no guardrail is worse than its margin, and no blocking alarm fires for what it was made of. A
+measurement that is missing fails its rule: what was not measured is not evidence.
 """
 
 import math
@@ -13,7 +13,7 @@ from pydantic import Field
 from alignment.models import Config
 from alignment.pair_filters import HARMLESS
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 
 
 class GateConfig(Config):
@@ -44,8 +44,8 @@ class Rule(Config):
     reason: str = Field(description="The numbers it was decided by")
 
 
-def judge(metrics: Mapping[str, float], gate: GateConfig) -> list[Rule]:
-    """Apply every rule to a report's metrics."""
+def judge(metrics: Mapping[str, float], gate: GateConfig, blocking: Mapping[str, str] | None = None) -> list[Rule]:
+    """Apply every rule to a report's metrics, and to the blocking alarms that fire for what its policy was made of (-> why)."""
 
     def rule(name: str, needed: Sequence[str], test, remedy: str = "") -> Rule:
         missing = [n for n in needed if n not in metrics]
@@ -101,15 +101,27 @@ def judge(metrics: Mapping[str, float], gate: GateConfig) -> list[Rule]:
             ),
             remedy=f". Remedy: add held-out prompts tagged {' or '.join(sorted(HARMLESS))}",
         ),
+        Rule(
+            name="blocking alarms",
+            passed=not blocking,
+            reason="; ".join(f"{name}: {why}" for name, why in (blocking or {}).items()) or "none fires for what it was made of",
+        ),
     ]
 
 
-def choose(candidates: Mapping[str, Mapping[str, float]], gate: GateConfig) -> tuple[str | None, dict[str, list[Rule]]]:
+def choose(
+    candidates: Mapping[str, Mapping[str, float]], gate: GateConfig, blocking: Mapping[str, Mapping[str, str]] | None = None
+) -> tuple[str | None, dict[str, list[Rule]]]:
     """The best candidate: of those that pass all rules (if any do, else of all) the one with the largest lower bound.
 
-    Returns its name (None without candidates) and every candidate's rules.
+    Args:
+        candidates: the metrics of each report, by method.
+        blocking: for each method, the blocking alarms that fire for what its policy was made of, and why.
+
+    Returns:
+        Its name (None without candidates) and every candidate's rules.
     """
-    verdicts = {name: judge(metrics, gate) for name, metrics in candidates.items()}
+    verdicts = {name: judge(metrics, gate, (blocking or {}).get(name)) for name, metrics in candidates.items()}
     if not candidates:
         return None, verdicts
 

@@ -7,6 +7,7 @@ import dagster as dg
 from alignment.handles import Champion, PolicyReport
 from alignment.methods import METHODS
 from alignment.promotion import CODE_VERSION, GateConfig, choose
+from assets.checks import blocking_alarms
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, dressed, recipe_config
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
@@ -14,6 +15,7 @@ from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
 from resources.tracking import MlflowTracking
 
+LOOK_BACK = 20  # materializations of a method's report that are looked through for one that is comparable
 LaunchConfig = launch_config("champion", recipe_config("champion", GateConfig))
 
 
@@ -36,7 +38,8 @@ def champion(
         settings = checked_config(GateConfig, config.model_dump())
 
         def compute(work, log) -> Outcome:
-            best, verdicts = choose({name: r.metrics for name, r in reports.items()}, settings)
+            blocking = {name: blocking_alarms(store, report) for name, report in reports.items()}
+            best, verdicts = choose({name: r.metrics for name, r in reports.items()}, settings, blocking)
             promoted = best is not None and all(rule.passed for rule in verdicts[best])
             rules = {name: [rule.model_dump() for rule in verdict] for name, verdict in verdicts.items()}
             decision = {"candidate": best, "promoted": promoted, "rules": rules}
@@ -76,6 +79,7 @@ def champion(
         description=f"{decision.method}, decided by Dagster run {context.run_id}",
         model=policy,
         attempt=metadata["mlflow_run_id"],
+        again=config.force,
     )
     registered = f"aligned-policy-{context.partition_key} version {version} ({', '.join(aliases) or 'no alias'})"
     context.log.info(registered)
@@ -88,33 +92,32 @@ def champion(
 def recorded_reports(context: dg.AssetExecutionContext, store: ArtifactStore) -> dict[str, PolicyReport]:
     """The reports that Dagster records as materialized for this partition, by method; read from the artifact store.
 
-    Only those that compare with the SFT report recorded last: a gain over another SFT checkpoint, or by another evaluator
-    (an earlier recipe, base model or version of the data), is on another scale.
+    Of each method the latest that compares with the SFT report recorded last: a gain over another SFT checkpoint, by another
+    evaluator, or on other prompts (an earlier recipe, base model, constitution or version of the data) is on another scale.
     """
-    baseline = last_fingerprint(context, "sft_report")
+    baseline = next(iter(fingerprints(context, "sft_report")), None)
     found = {}
     for name in METHODS:
         key = f"policy_report/{name}"
-        digest = last_fingerprint(context, key)
-        record = store.record(key, digest) if digest else None
-        if record is None:
-            continue
-        if record.inputs["sft_report"] == baseline:
-            found[name] = PolicyReport.model_validate(record.handle)
-        else:
+        records = [record for digest in fingerprints(context, key, LOOK_BACK) if (record := store.record(key, digest))]
+        ours = next((record for record in records if record.inputs["sft_report"] == baseline), None)
+        if ours:
+            found[name] = PolicyReport.model_validate(ours.handle)
+        elif records:
             context.log.warning(
-                f"{name} is left out: its report compares with another SFT checkpoint, or by another evaluator, than "
-                f"sft_report does now. To include it, materialize aligned_policy/{name} and {key} again."
+                f"{name} is left out: its report compares with another SFT report than the last one, made with another SFT "
+                f"checkpoint, evaluator or reward model, other prompts, or another constitution or sampling. To include it, "
+                f"materialize aligned_policy/{name} and {key} again."
             )
     return found
 
 
-def last_fingerprint(context: dg.AssetExecutionContext, asset: str) -> str | None:
-    """Fingerprint of the artifact that Dagster recorded last for an asset in this partition."""
-    records = context.instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset.split("/")), asset_partitions=[context.partition_key]), limit=1
+def fingerprints(context: dg.AssetExecutionContext, asset: str, count: int = 1) -> list[str]:
+    """Fingerprints of the artifacts that Dagster recorded last for an asset in this partition, the latest first."""
+    found = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset.split("/")), asset_partitions=[context.partition_key]), limit=count
     ).records
-    return records[0].asset_materialization.metadata["fingerprint"].value if records else None
+    return [record.asset_materialization.metadata["fingerprint"].value for record in found]
 
 
 def decision_text(decision: Champion) -> str:

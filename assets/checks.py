@@ -5,6 +5,7 @@ materialization, also where the artifact is reused. Leakage is apart: it compare
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import dagster as dg
 
@@ -13,6 +14,7 @@ from alignment.handles import Handle, PolicyReport, PreferenceDataset, PromptSet
 from alignment.leakage import leakage
 from assets.settings import recipe_config
 from resources.artifacts import ArtifactStore
+from resources.tracking import flatten
 
 BOUNDS = recipe_config("alarms", AlarmConfig)
 SEVERITY = {"warn": dg.AssetCheckSeverity.WARN, "error": dg.AssetCheckSeverity.ERROR}
@@ -34,12 +36,38 @@ def alarm_specs(asset: str) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def sound_alarms(handle: Handle, bounds: Mapping[str, float]) -> list[Alarm]:
-    """What the alarms say of an artifact. `bounds` are numbers of the stage's own configuration that an alarm compares with."""
-    metrics = {**handle.metrics, **bounds}
+def sound_alarms(handle: Handle, settings: Mapping[str, Any]) -> list[Alarm]:
+    """What the alarms say of an artifact. `settings` are those that it was made with."""
+    metrics = {**flatten(settings), **handle.metrics}
     if isinstance(handle, PolicyReport):
         metrics |= {f"policy/{name}": value for name, value in handle.policy.metrics.items()}
     return [sound(watch, metrics, BOUNDS) for watch in watches(handle.asset)]
+
+
+def blocking_alarms(store: ArtifactStore, report: PolicyReport) -> dict[str, str]:
+    """The blocking alarms that fire for what a report's policy was made of or was measured with, as `asset: alarm` -> why.
+
+    Dagster holds back what follows a failed blocking check in that run alone; in the next, the policy could be measured and
+    promoted all the same. Only alarms that metrics alone decide: whoever lowers a bound of the stage's own settings, for one run
+    perhaps, wants to go on. An input that is no longer in the store is passed over.
+    """
+    made_of: dict[tuple[str, str], Handle] = {}
+    todo: list[Handle] = [report, report.policy]
+    while todo:
+        handle = todo.pop()
+        if (handle.asset, handle.fingerprint) not in made_of and (record := store.record(handle.asset, handle.fingerprint)):
+            made_of[handle.asset, handle.fingerprint] = handle
+            todo += filter(None, (store.find(name, digest) for name, digest in record.inputs.items()))
+    fired = {}
+    for handle in made_of.values():
+        alarms = [alarm for alarm in sound_alarms(handle, {}) if alarm.severity == "error" and not ALARMS[alarm.name].settings]
+        fired |= {f"{handle.asset}: {alarm.name}": alarm.reason for alarm in alarms if alarm.fired}
+    data = {handle.asset: store.path(handle) for handle in made_of.values() if handle.asset in SPLIT_DATA}
+    if set(data) == set(SPLIT_DATA):
+        alarm = sound(ALARMS["nothing_leaks"], leakage(**data)[0], BOUNDS)
+        if alarm.fired:
+            fired[f"prompts: {alarm.name}"] = alarm.reason
+    return fired
 
 
 def check_result(alarm: Alarm, metadata: Mapping[str, dg.MetadataValue] | None = None) -> dg.AssetCheckResult:

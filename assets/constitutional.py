@@ -93,7 +93,6 @@ def constitutional_preference_pairs(
             constitution=rules,
             compute=compute,
             versioned=("pairs.jsonl", "rounds.jsonl"),
-            bounds={"min_share_kept": settings.filters.min_share_kept},
         )
 
     return materialize(context, stage, Tools(store, tracking, dvc), force=config.force)

@@ -19,14 +19,14 @@ from alignment.datasets import (
     build_prompts,
     build_sft_dataset,
 )
-from alignment.handles import Handle, PreferenceDataset, PromptSet, SftDataset
+from alignment.handles import DataSource, Handle, PreferenceDataset, PromptSet, SftDataset
 from alignment.models import Config
 from assets.launch_config import launch_config
 from assets.settings import dressed, recipe_config
 from assets.stage import Outcome, Stage, Tools, checked_config, materialize
 from resources.artifacts import ArtifactStore
 from resources.dvc_data import DvcData
-from resources.tracking import DataInput, MlflowTracking
+from resources.tracking import MlflowTracking
 
 DATA = dg.AssetKey("data")
 
@@ -76,7 +76,10 @@ def data_asset(
                 code_version=CODE_VERSION,
                 inputs={},
                 versions={n: version for n, (_, version) in resolved.items()},
-                data=[DataInput(Path(n).stem, n, version, _rows(path)) for n, (path, version) in resolved.items()],
+                data=[
+                    DataSource(name=Path(n).stem, source=n, md5=version, rows=_rows(path))
+                    for n, (path, version) in resolved.items()
+                ],
                 compute=compute,
             )
 

@@ -25,8 +25,8 @@ from pydantic import ValidationError
 from alignment.constitutions import Constitution
 from alignment.errors import UserError
 from alignment.fingerprint import fingerprint
-from alignment.handles import AnyHandle, Checkpoint, GeneratedData, Handle
-from alignment.models import Config
+from alignment.handles import AnyHandle, Checkpoint, DataSource, GeneratedData, Handle, PolicyReport, SftReport
+from alignment.models import Config, resolve_dtype
 from alignment.plots import Curves, curve_png
 from alignment.progress import Log
 from alignment.recipes import RecipeError, describe
@@ -68,10 +68,9 @@ class Stage:
     compute: Callable[[Work, Log], Outcome]
     versions: Mapping[str, str] = field(default_factory=dict)
     constitution: Constitution | None = None
-    data: Sequence[DataInput] = ()
+    data: Sequence[DataSource] = ()
     model_artifact: bool = False
     versioned: Sequence[str] = ()  # files of generated data that DVC is to version; the rows of the first are counted
-    bounds: Mapping[str, float] = field(default_factory=dict)  # what alarms compare metrics with, where the stage sets it
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,8 @@ def materialize(
     partition = step.partition if context.assets_def.partitions_def else None
     with tools.tracking.attempt(step, tags) as attempt, user_errors(attempt):
         attempt.params(built.config.model_dump(mode="json"))
-        attempt.inputs(built.data)
+        attempt.inputs(_data_read(built))
+        attempt.tags({f"alignment.input.{name}": handle.fingerprint for name, handle in built.inputs.items()})
         if force:
             tools.store.discard(asset, digest, asked_by=_asked_by(context), say=context.log.info)
         with tools.store.building(asset, digest) as work:
@@ -145,7 +145,8 @@ def materialize(
                     partition=partition,
                     mlflow_run_id=attempt.run_id,
                     metrics={k: float(v) for k, v in outcome.metrics.items()},
-                    facts=dict(outcome.facts),
+                    facts={**outcome.facts, **_computed_on(built.config)},
+                    sources=tuple(built.data),
                     generated=tuple(made_of.values()),
                     dvc_md5=made_of_data,
                     **outcome.handle,
@@ -170,14 +171,16 @@ def materialize(
         handle = tools.store.find(asset, digest)
         if handle is None:
             raise dg.Failure(f"{asset} {digest[:12]} vanished from the artifact store while it was materialized")
-        handle = handle.model_copy(update={"dvc_md5": made_of_data})
+        handle = handle.model_copy(update={"dvc_md5": made_of_data, "sources": tuple(built.data)})
         if built.versioned:
             handle = _version(tools, built, handle, attempt, context.log.info)
         elif reused and built.model_artifact:
             attempt.inputs([_input(data, "training") for data in handle.generated])
         attempt.tags({"alignment.reused": str(reused).lower(), "alignment.computed_by": handle.mlflow_run_id})
+        attempt.tags({f"alignment.{name}": value for name, value in _texts(handle.facts).items()})
         attempt.final(handle.metrics)
-        alarms = sound_alarms(handle, built.bounds)
+        attempt.file(tools.store.path(handle) / "artifact.json")
+        alarms = sound_alarms(handle, built.config.model_dump(mode="json"))
         attempt.tags({"alignment.alarms": ", ".join(alarm.name for alarm in alarms if alarm.fired)})
         for alarm in alarms:
             if alarm.fired:
@@ -209,8 +212,8 @@ def data_version(stage: Stage, dvc: DvcData) -> str | None:
 
     Several, with commas between, where inputs were made of several versions; None for what is made of no data.
     """
-    versions = {given.dvc_md5 for given in stage.inputs.values() if given.dvc_md5}
-    if stage.data:
+    versions = {version for given in stage.inputs.values() if given.dvc_md5 for version in given.dvc_md5.split(", ")}
+    if any(source.source.startswith("data/") for source in stage.data):
         versions.add(dvc.md5())
     return ", ".join(sorted(versions)) or None
 
@@ -228,7 +231,7 @@ def checked_config(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 class user_errors:
-    """Turns errors that a retry cannot mend into one clear failure of the step."""
+    """Turns errors that a retry cannot mend into one clear failure of the step; every error is told to the MLflow run."""
 
     def __init__(self, attempt: Attempt | None = None) -> None:
         self._attempt = attempt
@@ -237,15 +240,15 @@ class user_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        problem = None
         if isinstance(error, UserError):
             problem = str(error)
         elif type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself is not imported for it
             problem = f"out of GPU memory: {str(error).splitlines()[0]} Remedy: {LESS_MEMORY}."
-        else:
-            return
-        if self._attempt:
-            self._attempt.tags({"alignment.error": problem[:4000]})
-        raise dg.Failure(problem, allow_retries=False) from error
+        if self._attempt and isinstance(error, Exception):
+            self._attempt.tags({"alignment.error": (problem or f"{type(error).__name__}: {error}")[:4000]})
+        if problem:
+            raise dg.Failure(problem, allow_retries=False) from error
 
 
 @cache
@@ -298,7 +301,7 @@ def _step_info(context: dg.AssetExecutionContext, asset: str) -> StepInfo:
 def _asked_by(context: dg.AssetExecutionContext) -> str:
     # A run that goes on from where another failed asks for nothing new; one that repeats all of it does.
     run = context.run
-    goes_on = run.tags.get("dagster/is_resume_retry") == "true"
+    goes_on = "true" in (run.tags.get("dagster/is_resume_retry"), run.tags.get("dagster/is_asset_resume_retry"))
     return run.root_run_id if goes_on and run.root_run_id else run.run_id
 
 
@@ -315,8 +318,30 @@ def _version(tools: Tools, stage: Stage, handle: AnyHandle, attempt: Attempt, sa
     return handle.model_copy(update={"generated": (*others, data)})
 
 
+def _data_read(stage: Stage) -> list[DataInput]:
+    """The files that a stage reads, itself or as one of its data sets; other models' data is named by the runs of these."""
+    context = "evaluation" if issubclass(stage.kind, SftReport | PolicyReport) else "training"
+    sources = [*stage.data, *(source for given in stage.inputs.values() for source in given.sources)]
+    return [DataInput(s.name, s.source, s.md5, s.rows, context) for s in dict.fromkeys(sources)]
+
+
 def _input(data: GeneratedData, context: str) -> DataInput:
     return DataInput(data.name, data.pointer, data.md5, data.rows, context)
+
+
+def _computed_on(config: Config) -> dict[str, str]:
+    """The device that models ran on and the precision they were loaded in; both are outside the fingerprint."""
+    load = getattr(config, "load", None)
+    if load is None:
+        return {}
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": name, "dtype": str(resolve_dtype(load.dtype)).removeprefix("torch.")}
+
+
+def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in facts.items() if isinstance(value, str)}
 
 
 def _log_outcome(attempt: Attempt, stage: Stage, outcome: Outcome, out: Path, asset: str) -> None:
@@ -341,6 +366,7 @@ def _metadata(
         "mlflow_run": dg.MetadataValue.url(tools.tracking.run_url(attempt.run_id)),
         "mlflow_run_id": attempt.run_id,
         "artifact": dg.MetadataValue.path(str(tools.store.path(handle))),
+        **_texts(handle.facts),
         **{name: float(value) for name, value in handle.metrics.items()},
     }
     if isinstance(handle, Checkpoint) and handle.adapter_of:

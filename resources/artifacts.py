@@ -20,6 +20,7 @@ import dagster as dg
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
+from alignment.errors import UserError
 from alignment.handles import AnyHandle, Checkpoint, Handle, RewardModel, parse_handle
 from alignment.models import ModelFiles
 
@@ -43,7 +44,7 @@ class ArtifactRecord(BaseModel):
     peak_memory_gb: float
 
 
-class CorruptArtifact(RuntimeError):
+class CorruptArtifact(UserError):
     """A published artifact does not match its record; the message names the file and the remedy."""
 
 

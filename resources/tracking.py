@@ -28,6 +28,7 @@ EXPERIMENT = "alignment"
 ROOT_RUN = "dagster.root_run_id"
 LEVEL = "alignment.level"
 ALIVE = "alignment.lock"
+DECISION = "alignment.decision"
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,13 @@ class MlflowTracking(dg.ConfigurableResource):
         description: str,
         model: Path,
         attempt: str,
+        again: bool = False,
     ) -> tuple[str, list[str]]:
         """Make a run's `model/` a version of `aligned-policy-<constitution>` and set its aliases, once per decision.
 
-        The same policy is registered once. A decision that was carried out is not carried out again when it is reused: the
-        aliases may have been moved by hand since, to go back to an older version. What a kill left undone is done.
+        The same policy is registered once. A decision that was the last one carried out is not carried out again when it is
+        reused: the aliases may have been moved by hand since, to go back to an older version. After another decision it is, as
+        when data or settings are put back. What a kill left undone is done.
 
         Args:
             run_id: the run that computed the policy; it may be unknown here, where the policy was reused from the artifact
@@ -196,6 +199,7 @@ class MlflowTracking(dg.ConfigurableResource):
             promoted: whether the alias `champion` goes to it as well as `challenger`.
             model: the policy's folder in the artifact store.
             attempt: the run that `model` is logged to where `run_id` is unknown.
+            again: carry the decision out although it was the last one.
 
         Returns:
             The version, and the aliases it has now.
@@ -224,12 +228,13 @@ class MlflowTracking(dg.ConfigurableResource):
                     tags={"alignment.fingerprint": fingerprint},
                     description=description,
                 )
-            done = f"alignment.decision.{decision[:12]}"
-            if done not in found.tags:
+            if again or client.get_registered_model(name).tags.get(DECISION) != decision:
                 client.set_registered_model_alias(name, "challenger", found.version)
                 if promoted:
                     client.set_registered_model_alias(name, "champion", found.version)
-                client.set_model_version_tag(name, found.version, done, "promoted" if promoted else "refused")
+                verdict = "promoted" if promoted else "refused"
+                client.set_model_version_tag(name, found.version, f"{DECISION}.{decision[:12]}", verdict)
+                client.set_registered_model_tag(name, DECISION, decision)
             aliases = sorted(client.get_model_version(name, found.version).aliases)
         return str(found.version), aliases
 

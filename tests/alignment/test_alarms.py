@@ -57,7 +57,12 @@ HEALTHY = {
     "human_reward_model": SCORER,
     "reward_model": SCORER,
     "evaluator": SCORER,
-    "constitutional_preference_pairs": {"share_kept": 0.4, "min_share_kept": 0.25, "pairs": 40.0, "share_no_violations": 0.1},
+    "constitutional_preference_pairs": {
+        "share_kept": 0.4,
+        "filters.min_share_kept": 0.25,  # a setting of the stage
+        "pairs": 40.0,
+        "share_no_violations": 0.1,
+    },
     "ai_feedback": {
         "share_compared": 0.9,
         "prompts": 60.0,

@@ -29,6 +29,7 @@ RULES = {
     "EOS rate": ("eos_rate/policy", "eos_rate/sft"),
     "perplexity": ("perplexity/policy", "perplexity/sft"),
     "over-refusal": ("over_refusal_rate/policy", "over_refusal_rate/sft"),
+    "blocking alarms": (),
 }
 
 
@@ -161,3 +162,11 @@ def test_a_candidate_whose_gain_is_not_a_number_is_the_last_to_be_chosen():
 
 def test_nobody_is_chosen_among_none():
     assert choose({}, GATE) == (None, {})
+
+
+def test_a_blocking_alarm_of_what_it_was_made_of_keeps_a_candidate_from_promotion_and_says_which():
+    why = {"reward_model: scores_survive_reload": "scores moved by 0.3"}
+    name, verdicts = choose({"ppo": GOOD, "dpo": GOOD | {"evaluator/gain_low": 0.1}}, GATE, {"ppo": why, "dpo": {}})
+    assert name == "dpo"
+    (rule,) = [r for r in verdicts["ppo"] if not r.passed]
+    assert (rule.name, rule.reason) == ("blocking alarms", "reward_model: scores_survive_reload: scores moved by 0.3")

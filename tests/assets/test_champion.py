@@ -105,3 +105,15 @@ def test_a_report_whose_artifact_is_gone_does_not_compete(recorded, instance, st
     recorded(report("dpo", "a" * 64), {"sft_report": NEW})
     store.discard("policy_report/dpo", "a" * 64, asked_by="run")
     assert competing(instance, store) == {}
+
+
+def test_an_older_report_that_compares_competes_beside_a_later_one_that_does_not(recorded, instance, store):
+    recorded(baseline(NEW), {})
+    recorded(report("dpo", "a" * 64), {"sft_report": NEW})
+    recorded(baseline(OLD), {})
+    recorded(report("dpo", "b" * 64), {"sft_report": OLD})
+    recorded(report("ppo", "c" * 64), {"sft_report": OLD})
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(asset_key="sft_report", partition="general", metadata={"fingerprint": NEW})
+    )  # the settings were put back, and the SFT report reused
+    assert competing(instance, store) == {"dpo": "a" * 64}

@@ -1,5 +1,6 @@
 """Alarms as Dagster shows them: attached to their assets, decided at every materialization, blocking where they should."""
 
+import hashlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,15 +12,16 @@ import pytest
 
 from alignment.alarms import ALARMS, watches
 from alignment.datasets import write_jsonl
-from alignment.handles import Checkpoint, PolicyReport
+from alignment.handles import Checkpoint, Handle, PolicyReport, PreferenceDataset, RewardModel
 from alignment.models import Config
+from alignment.pair_filters import FilterSettings
 from alignment.readers import read_records
 from alignment.records import Conversation, Prompt
-from assets.checks import alarm_specs, nothing_leaks
+from assets.checks import alarm_specs, blocking_alarms, nothing_leaks
 from assets.data import human_preferences, prompts, sft_dataset
 from assets.stage import Outcome, Stage, Tools, materialize
 from dagster_project.definitions import defs
-from resources.artifacts import ArtifactStore
+from resources.artifacts import ArtifactRecord, ArtifactStore
 from resources.dvc_data import DvcData
 from resources.handle_io import HandleIOManager
 from resources.tracking import MlflowTracking
@@ -59,6 +61,12 @@ class NoSettings(Config):
     """Nothing to set."""
 
 
+class Filtered(Config):
+    """Settings that an alarm compares a metric with."""
+
+    filters: FilterSettings
+
+
 @pytest.fixture
 def resources(tmp_path: Path, empty_database: Path, fresh_data: Path) -> dict[str, Any]:
     shutil.copy(empty_database, tmp_path / "mlflow.db")
@@ -76,8 +84,8 @@ def resources(tmp_path: Path, empty_database: Path, fresh_data: Path) -> dict[st
 
 def pretended(asset: str, metrics: Mapping[str, float]) -> list[dg.AssetsDefinition]:
     """An asset with the checks of a real one, whose computation ends with given metrics; and one downstream of it."""
-    own = {k: v for k, v in metrics.items() if not k.startswith("policy/") and k != "min_share_kept"}
-    bounds = {k: v for k, v in metrics.items() if k == "min_share_kept"}
+    own = {k: v for k, v in metrics.items() if not k.startswith(("policy/", "filters."))}
+    kept = metrics.get("filters.min_share_kept")
     policys = {k.removeprefix("policy/"): v for k, v in metrics.items() if k.startswith("policy/")}
     policy = Checkpoint(asset="aligned_policy/dpo", fingerprint="0", mlflow_run_id="0", metrics=policys)
     handle = {"method": "dpo", "policy": policy} if asset.startswith("policy_report") else {}
@@ -87,11 +95,10 @@ def pretended(asset: str, metrics: Mapping[str, float]) -> list[dg.AssetsDefinit
         def stage() -> Stage:
             return Stage(
                 kind=PolicyReport if handle else Checkpoint,
-                config=NoSettings(),
+                config=NoSettings() if kept is None else Filtered(filters=FilterSettings(min_share_kept=kept)),
                 code_version="1",
                 inputs={},
                 compute=lambda work, log: Outcome(metrics=own, handle=handle),
-                bounds=bounds,
             )
 
         return materialize(context, stage, Tools(store, tracking, dvc))
@@ -230,3 +237,92 @@ def test_bounds_in_a_recipe_decide(python, tmp_path):
     recipe.write_text("extends: tiny\nalarms: {min_entropi: 0.7}\n", encoding="utf-8")
     done = python("from assets.checks import BOUNDS", ALIGNMENT_RECIPE=str(recipe))
     assert "key 'alarms.min_entropi': is not a known key" in done.stderr
+
+
+# --- once more before promotion ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(resources: dict[str, Any]) -> ArtifactStore:
+    return resources["store"].process_config_and_initialize()
+
+
+def published(store: ArtifactStore, kind: type[Handle], asset: str, inputs: Mapping[str, Handle], metrics, **own) -> Handle:
+    """An artifact with given metrics, made of given others and of a file."""
+    digest = hashlib.sha256(f"{asset} {inputs} {metrics}".encode()).hexdigest()
+    handle = kind(asset=asset, fingerprint=digest, mlflow_run_id="r", metrics=metrics, **own)
+    record = ArtifactRecord(
+        handle=handle.model_dump(mode="json"),
+        config={},
+        code_version="1",
+        inputs={name: given.fingerprint for name, given in inputs.items()} | {"data/rows.jsonl": "0" * 32},
+        files={},
+        versions={},
+        git_commit=None,
+        dvc_md5=None,
+        mlflow_run_id="r",
+        dagster_run_id="d",
+        seconds=0.0,
+        peak_memory_gb=0.0,
+    )
+    with store.building(asset, digest) as work:
+        work.publish(record)
+    return handle
+
+
+def reported(store: ArtifactStore, changes: Mapping[str, Mapping[str, float]]) -> PolicyReport:
+    """A report on a policy, healthy but for the changes by asset, and but for pairs of which the filters kept none."""
+
+    def numbers(asset: str) -> dict[str, float]:
+        return NUMBERS.HEALTHY[asset] | changes.get(asset, {})
+
+    sft = published(store, Checkpoint, "sft_checkpoint", {}, numbers("sft_checkpoint"))
+    none_kept = {"share_kept": 0.0, "pairs": 0.0}
+    pairs = published(store, PreferenceDataset, "constitutional_preference_pairs", {"sft_checkpoint": sft}, none_kept)
+    scorer = published(store, RewardModel, "reward_model", {pairs.asset: pairs}, numbers("reward_model"))
+    judge = published(store, RewardModel, "evaluator", {}, numbers("evaluator"))
+    inputs = {"sft_checkpoint": sft, "reward_model": scorer}
+    policy = published(store, Checkpoint, "aligned_policy/ppo", inputs, numbers("aligned_policy/ppo"))
+    inputs = {"policy": policy, "evaluator": judge}
+    measured = numbers("policy_report/ppo")
+    return published(store, PolicyReport, "policy_report/ppo", inputs, measured, method="ppo", policy=policy)
+
+
+def test_a_policy_of_healthy_artifacts_is_not_blocked_and_a_bound_that_a_run_sets_itself_does_not_count(store):
+    assert blocking_alarms(store, reported(store, {})) == {}
+
+
+@pytest.mark.parametrize(
+    ("asset", "metrics", "alarm"),
+    [
+        ("sft_checkpoint", {"train/loss": 0.0}, "trainable_tokens"),  # what the policy's reward model was made of
+        ("reward_model", {"reload/score_gap": 0.3}, "scores_survive_reload"),
+        ("evaluator", {"reload/score_gap": 0.3}, "scores_survive_reload"),  # what measured the policy
+    ],
+)
+def test_what_blocked_one_run_keeps_a_later_one_from_promoting(store, asset, metrics, alarm):
+    fired = blocking_alarms(store, reported(store, {asset: metrics}))
+    assert list(fired) == [f"{asset}: {alarm}"]
+    assert "Remedy: " in fired[f"{asset}: {alarm}"]
+
+
+def test_warnings_do_not_keep_a_policy_from_promotion(store):
+    assert blocking_alarms(store, reported(store, {"aligned_policy/ppo": {"train/kl_last": 80.0}})) == {}
+
+
+@pytest.mark.parametrize(("fraction", "leaks"), [(0.25, False), (0.6, True)])
+def test_leaked_rows_in_what_a_policy_was_made_of_keep_it_from_promotion(run, store, tmp_path, fraction, leaks):
+    done = run([sft_dataset, human_preferences])
+    given = {name: done.output_for_node(name) for name in ("sft_dataset", "human_preferences")}
+    rows = [
+        r for side in ("train", "heldout") for r in read_records(store.path(given["sft_dataset"]) / f"{side}.jsonl", Conversation)
+    ]
+    file = tmp_path / "prompts.jsonl"
+    asked = [Prompt(id=row.id, prompt=row.user_turns[0], tags=("general",)) for row in rows if row.category != "critique"]
+    write_jsonl(file, asked)
+    config = {"prompts": [str(file)], "problems": [], "heldout_fraction": fraction}
+    given["prompts"] = run([prompts], {"ops": {"prompts": {"config": config}}}).output_for_node("prompts")
+    policy = Checkpoint(asset="aligned_policy/ppo", fingerprint="gone", mlflow_run_id="r")
+    measured = NUMBERS.HEALTHY["policy_report/ppo"]
+    report = published(store, PolicyReport, "policy_report/ppo", given, measured, method="ppo", policy=policy)
+    assert list(blocking_alarms(store, report)) == (["prompts: nothing_leaks"] if leaks else [])

@@ -404,6 +404,22 @@ def test_an_alias_moved_back_by_hand_stays_until_there_is_a_new_decision(trackin
     assert aliases(tracking) == {"challenger": "2", "champion": "2"}
 
 
+def test_a_decision_that_comes_back_after_another_is_carried_out_again(tracking, policies):
+    register(tracking, policies[0], "one", promoted=True, decision="first")
+    register(tracking, policies[1], "two", promoted=True, decision="second")
+    # Somebody put the data back as they were.
+    register(tracking, policies[0], "one", promoted=True, decision="first")
+    assert aliases(tracking) == {"challenger": "1", "champion": "1"}
+
+
+def test_the_last_decision_is_carried_out_again_on_request(tracking, policies):
+    register(tracking, policies[0], "one", promoted=True, decision="first")
+    register(tracking, policies[1], "two", promoted=True, decision="second")
+    tracking.client().set_registered_model_alias("aligned-policy-general", "champion", "1")
+    register(tracking, policies[1], "two", promoted=True, decision="second", again=True)
+    assert aliases(tracking) == {"challenger": "2", "champion": "2"}
+
+
 def test_what_a_kill_left_undone_is_done(tracking, policies, monkeypatch):
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
