@@ -62,7 +62,7 @@ SOFT = ("label", "weight")  # columns of the training rows where any pair has a 
 
 
 class RewardConfig(Config):
-    """Settings of a reward model (the policy's `reward_model` and the report's `evaluator` alike)."""
+    """Settings of a reward model (`reward_model`, `human_reward_model` and `evaluator` alike)."""
 
     finetuning: Literal["lora", "full"] = Field("lora", description="Train adapters over a frozen base, or all weights")
     lora: LoraWithoutDropout = Field(LoraSettings(dropout=0.0), description="Adapter settings, used when finetuning is lora")
@@ -97,6 +97,14 @@ class RewardMixConfig(RewardConfig):
         0.0, ge=0, description="Weight of an AI comparison (soft label) in the loss; 0: ai_feedback takes no part"
     )
     ai_feedback_share: float = Field(1.0, ge=0, le=1, description="Share of the AI comparisons that join the other pairs")
+
+
+class EvaluatorConfig(RewardConfig):
+    """Settings of `evaluator`, which has a seed of its own: what two heads drawn alike have in common is no second opinion."""
+
+    optim: OptimSettings = Field(
+        OptimSettings(epochs=1, learning_rate=1e-5, batch_size=8, micro_batch_size=8, seed=1), description="Training settings"
+    )
 
 
 class HeadLost(RuntimeError):

@@ -8,6 +8,7 @@ from alignment.evaluation import CODE_VERSION as REPORT_VERSION
 from alignment.evaluation import Measured, ReportConfig, evaluate_policy
 from alignment.handles import Checkpoint, PolicyReport, PromptSet, RewardModel, SftDataset, SftReport
 from alignment.methods import METHODS, Method, Training
+from alignment.methods.pairs import PairsConfig
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.reward_models import domains_of
@@ -40,6 +41,7 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
         def stage() -> Stage:
             settings = checked_config(method.config, config.model_dump())
             rules = constitution(context)
+            read = {n: h for n, h in inputs.items() if not isinstance(settings, PairsConfig) or settings.reads(n)}
 
             def compute(work, log) -> Outcome:
                 trained, metrics = method.train(
@@ -69,10 +71,10 @@ def policy_asset(name: str, method: Method) -> dg.AssetsDefinition:
                 kind=Checkpoint,
                 config=settings,
                 code_version=method.code_version,
-                inputs=inputs,
+                inputs=read,
                 constitution=rules,
                 # The constitution's text holds them too, but also of policies that were trained when they were ignored.
-                versions=domains_of(rules) if "human_preferences" in method.inputs else {},
+                versions=domains_of(rules) if "human_preferences" in read else {},
                 compute=compute,
                 model_artifact=True,
             )

@@ -11,7 +11,14 @@ from alignment.constitutions import Constitution, no_human_pairs, pairs_under
 from alignment.handles import Checkpoint, PreferenceDataset, RewardModel
 from alignment.readers import read_records
 from alignment.records import PreferencePair
-from alignment.reward import CODE_VERSION, RewardConfig, RewardMixConfig, reward_training_pairs, train_reward_model
+from alignment.reward import (
+    CODE_VERSION,
+    EvaluatorConfig,
+    RewardConfig,
+    RewardMixConfig,
+    reward_training_pairs,
+    train_reward_model,
+)
 from assets.checks import alarm_specs
 from assets.launch_config import launch_config
 from assets.settings import PARTITIONS, constitution, dressed, recipe_config
@@ -22,7 +29,7 @@ from resources.tracking import MlflowTracking
 
 RewardLaunchConfig = launch_config("reward_model", recipe_config("reward_model", RewardMixConfig))
 HumanLaunchConfig = launch_config("human_reward_model", recipe_config("human_reward_model", RewardConfig))
-EvaluatorLaunchConfig = launch_config("evaluator", recipe_config("evaluator", RewardConfig))
+EvaluatorLaunchConfig = launch_config("evaluator", recipe_config("evaluator", EvaluatorConfig))
 
 
 @dg.asset(check_specs=alarm_specs("human_reward_model"), **dressed("reward", {"trl", "peft"}, gpu=True))
@@ -102,7 +109,7 @@ def evaluator(
         return ours
 
     inputs = {"base_model": base_model, "human_preferences": human_preferences}
-    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc), pairs_decide=True)
+    return _train(context, config, inputs, pairs, Tools(store, tracking, dvc), EvaluatorConfig, pairs_decide=True)
 
 
 def pairs_of(rules: Constitution | None, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:

@@ -12,6 +12,7 @@ from alignment.errors import UserError
 from alignment.methods import METHODS
 from alignment.models import Config
 from alignment.recipes import Recipe, RecipeError, load_recipe
+from alignment.reward import EvaluatorConfig, RewardMixConfig
 from resources.paths import RECIPES, constitutions, recipe_path
 
 OWNERS = ["team:alignment"]
@@ -19,7 +20,7 @@ GPU_POOL = "gpu"
 # What Kubernetes and Ray executors are told about a step that trains or samples.
 GPU_TAGS = {
     "dagster-k8s/config": {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}},
-    "dagster-ray/config": {"ray_remote_args": {"num_gpus": 1}},
+    "dagster-ray/config": {"num_gpus": 1},
 }
 RETRIES = dg.RetryPolicy(max_retries=2, delay=3)
 
@@ -40,7 +41,8 @@ def check_recipe() -> None:
     """Called when all assets are defined.
 
     Raises:
-        RecipeError: the recipe names a stage that no asset reads, or holds out different shares in the data stages.
+        RecipeError: the recipe names a stage that no asset reads, holds out different shares in the data stages, or gives the
+            evaluator the reward model's seed.
     """
     unknown = sorted(set(RECIPE.stages) - _stages)
     if unknown:
@@ -57,6 +59,13 @@ def check_recipe() -> None:
         raise RecipeError(
             f"{RECIPE.path}: heldout_fraction differs between {shares}; prompts held out of one data set would be trained on "
             "in another. Remedy: give all three the same value."
+        )
+    scorers = (("reward_model", RewardMixConfig), ("evaluator", EvaluatorConfig))
+    seeds = {stage: RECIPE.config(stage, kind).optim.seed for stage, kind in scorers}
+    if len(set(seeds.values())) < 2:
+        raise RecipeError(
+            f"{RECIPE.path}: reward_model and evaluator have the same optim.seed, {seeds['evaluator']}: they would start as the "
+            "same model, and what fools one fools the other. Remedy: give evaluator another seed."
         )
 
 

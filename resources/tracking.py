@@ -1,7 +1,8 @@
 """MLflow: one parent run per Dagster run, one child run per attempt at an asset.
 
 The parent is looked up by the tag `dagster.root_run_id` (so that a re-execution joins the run it repeats) under a file
-lock, and created if absent. A new child per attempt, since MLflow's parameters are immutable; when a child ends, the
+lock, and created if absent; on a server, whose clients no lock of ours keeps apart, whoever created one looks again after two
+seconds, and the oldest stays. A new child per attempt, since MLflow's parameters are immutable; when a child ends, the
 parent's status follows from the latest attempt at each asset. An attempt holds a lock of its own for as long as its
 process lives; the next attempt at the same asset, in whatever run, finds the locks of the dead free and closes their runs.
 Everything goes through MlflowClient, never through the global active run: several steps may share a process, and
@@ -29,6 +30,7 @@ ROOT_RUN = "dagster.root_run_id"
 LEVEL = "alignment.level"
 ALIVE = "alignment.lock"
 DECISION = "alignment.decision"
+_OTHER_HOSTS = 2.0  # seconds in which a step on another host may create the same run's parent
 
 
 @dataclass(frozen=True)
@@ -285,10 +287,8 @@ class MlflowTracking(dg.ConfigurableResource):
         return folder
 
     def _parent(self, info: StepInfo) -> str:
-        filters = f"tags.`{ROOT_RUN}` = '{info.root_run_id}' and tags.`{LEVEL}` = 'run'"
-        found = self._client.search_runs([self._experiment_id], filters, order_by=["attributes.start_time ASC"])
-        if found:
-            return found[0].info.run_id
+        if oldest := self._oldest_parent(info):
+            return oldest
         name = f"{info.job}[{info.partition}]" if info.partition else info.job
         tags = {
             LEVEL: "run",
@@ -297,7 +297,23 @@ class MlflowTracking(dg.ConfigurableResource):
             "dagster.partition": info.partition or "",
             "dagster.run_url": info.run_url,
         }
-        return self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
+        created = self._client.create_run(self._experiment_id, run_name=name, tags=tags).info.run_id
+        if not self._on_one_host():
+            time.sleep(_OTHER_HOSTS)
+            oldest = self._oldest_parent(info) or created
+            if oldest != created:
+                self._client.delete_run(created)
+                return oldest
+        return created
+
+    def _on_one_host(self) -> bool:
+        # A file's lock is then a lock for all.
+        return self.tracking_uri.startswith("sqlite")
+
+    def _oldest_parent(self, info: StepInfo) -> str | None:
+        filters = f"tags.`{ROOT_RUN}` = '{info.root_run_id}' and tags.`{LEVEL}` = 'run'"
+        found = [run.info for run in self._client.search_runs([self._experiment_id], filters)]
+        return min(found, key=lambda run: (run.start_time, run.run_id)).run_id if found else None
 
     def _children(self, parent: str) -> list[Any]:
         filters = f"tags.`mlflow.parentRunId` = '{parent}'"

@@ -126,6 +126,14 @@ def test_a_misspelt_stage_in_a_recipe_is_refused_when_the_definitions_load(pytho
     assert "sft_chekpoint" in done.stderr
 
 
+def test_an_evaluator_with_the_reward_models_seed_is_refused_when_the_definitions_load(python, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("reward_model:\n  optim: {seed: 1}\n", encoding="utf-8")
+    done = python("import dagster_project.definitions", ALIGNMENT_RECIPE=str(recipe))
+    assert done.returncode != 0
+    assert "reward_model and evaluator have the same optim.seed, 1" in done.stderr
+
+
 def test_a_sixth_constitution_needs_no_python(python, tmp_path):
     for package in ("alignment", "resources", "assets", "conf"):
         shutil.copytree(PROJECT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))

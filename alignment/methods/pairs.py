@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignment.chat import answer_ids
 from alignment.models import Config, LoadSettings, LoraSettings, LoraWithoutDropout
@@ -22,6 +22,12 @@ class PairsConfig(Config):
     """Settings of every method that continues the SFT checkpoint on pairs; the defaults are those of the user's document."""
 
     beta: float = Field(0.1, gt=0, description="KL coefficient: higher stays closer to the SFT checkpoint")
+    constitutional_pairs: int = Field(
+        -1,
+        ge=-1,
+        description="Pairs of critique and revision to learn from: a seeded sample; -1 takes all, 0 none, so that people's "
+        "comparisons alone are learnt from",
+    )
     human_pairs: int = Field(
         0,
         ge=-1,
@@ -39,24 +45,51 @@ class PairsConfig(Config):
     )
     max_length: int = Field(512, ge=16, description="Prompt and answer are cut after this many tokens")
 
+    @model_validator(mode="after")
+    def _something_to_learn_from(self) -> PairsConfig:
+        if not self.constitutional_pairs and not self.human_pairs:
+            raise ValueError("constitutional_pairs and human_pairs are both 0: nothing is left to learn from")
+        return self
+
+    def reads(self, asset: str) -> bool:
+        """Whether an input takes part: a data set of which no pair is wanted decides nothing."""
+        wanted = {"constitutional_preference_pairs": self.constitutional_pairs, "human_preferences": self.human_pairs}
+        return wanted.get(asset, -1) != 0
+
 
 def training_pairs(
-    constitutional: Sequence[PreferencePair], human: Sequence[PreferencePair], human_pairs: int, seed: int
+    constitutional: Sequence[PreferencePair],
+    human: Sequence[PreferencePair],
+    human_pairs: int,
+    seed: int,
+    constitutional_pairs: int = -1,
 ) -> list[PreferencePair]:
-    """Constitutional pairs and a sample of `human_pairs` human ones (-1: all), worked critiques left out, in a seeded order.
+    """Samples of constitutional pairs and of human ones (-1: all), worked critiques left out, in a seeded order.
 
     The mixture is that of Constitutional AI (arXiv 2212.08073): its preference model learns harmlessness from the
     constitution and helpfulness from people.
 
     Raises:
-        NothingToTrain: there are no constitutional pairs, without which the policy would know nothing of its constitution.
+        NothingToTrain: constitutional pairs are wanted and there are none, so that the policy would know nothing of its
+            constitution; or only human ones are wanted, and there are none.
     """
-    if not constitutional:
-        raise NothingToTrain("there are no constitutional pairs. Remedy: look at the filter counts of the pairs asset.")
+    if constitutional_pairs and not constitutional:
+        raise NothingToTrain(
+            "there are no constitutional pairs. Remedy: look at the filter counts of the pairs asset, or learn from human pairs "
+            "alone (constitutional_pairs: 0)."
+        )
     rng = random.Random(seed)
     pool = [pair for pair in human if pair.source == "human"]
-    count = len(pool) if human_pairs < 0 else min(human_pairs, len(pool))
-    pairs = [*constitutional, *rng.sample(pool, count)]
+    people = rng.sample(pool, len(pool) if human_pairs < 0 else min(human_pairs, len(pool)))
+    ours = list(constitutional)
+    if 0 <= constitutional_pairs < len(ours):
+        ours = rng.sample(ours, constitutional_pairs)
+    pairs = [*ours, *people]
+    if not pairs:
+        raise NothingToTrain(
+            "only human pairs are to be learnt from (constitutional_pairs: 0), and there are none. Remedy: add preferences to "
+            "human_preferences; a constitution with preference_domains needs some of these."
+        )
     rng.shuffle(pairs)
     return pairs
 

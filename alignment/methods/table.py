@@ -85,9 +85,9 @@ def _on_pairs(train: Callable[..., tuple[Trained, dict[str, float]]], start: str
         constitutional = read_records(t.folders["constitutional_preference_pairs"] / "pairs.jsonl", PreferencePair)
         people = t.folders["human_preferences"] / "reward_train.jsonl"
         human = pairs_under(read_records(people, PreferencePair) if config.human_pairs else [], t.preference_domains)
-        pairs = training_pairs(constitutional, human, config.human_pairs, config.optim.seed)
+        pairs = training_pairs(constitutional, human, config.human_pairs, config.optim.seed, config.constitutional_pairs)
         trained, metrics = train(config, t.models[start], pairs, work=t.work, out=t.out, log=t.log)
-        return trained, metrics | {"train/human_pairs": len(pairs) - len(constitutional)}
+        return trained, metrics | {"train/human_pairs": sum(pair.source == "human" for pair in pairs)}
 
     return run
 

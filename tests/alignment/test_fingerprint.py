@@ -42,6 +42,7 @@ LAYOUT = {
     *(("AnswererSettings", name) for name in ("price_prompt", "price_completion")),
     ("RewardConfig", "score_batch_size"),
     ("RewardMixConfig", "score_batch_size"),
+    ("EvaluatorConfig", "score_batch_size"),
     ("ReportConfig", "score_batch_size"),
     ("SftReportConfig", "score_batch_size"),
     *(("PpoConfig", name) for name in ("share_base", "reuse_frozen_layers", "micro_batch_size")),
@@ -51,7 +52,7 @@ LAYOUT = {
 }
 # Settings without effect, or with a wrong one, in a stage, which refuses any other value than its own.
 WITHOUT_DROPOUT = {"RewardConfig", "RewardMixConfig", "PairsConfig", "DpoConfig", "KtoConfig", "OrpoConfig", "PpoConfig"}
-WITHOUT_DROPOUT |= {"GroupRlConfig", "GrpoConfig", "RlooConfig"}
+WITHOUT_DROPOUT |= {"EvaluatorConfig", "GroupRlConfig", "GrpoConfig", "RlooConfig"}
 FIXED = {(name, "lora.dropout") for name in WITHOUT_DROPOUT}
 FIXED |= {("PpoConfig", "sampling.top_k"), ("PpoConfig", "sampling.repetition_penalty")}
 PRINCIPLE = Principle(id="honest", text="Be honest.")
@@ -116,7 +117,7 @@ def other_values(value, annotation):
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value + 1, value * 2, value // 2]
+        return [value + 1, value + 2, value * 2, value // 2]
     if isinstance(value, float):
         return [value / 2, value + 0.01]
     if isinstance(value, str):

@@ -42,7 +42,7 @@ OTHER_RL = {
     "epsilon": 0.01,
 }
 PAIRS = {"human_pairs": 2}
-OTHER_PAIRS = {"beta": 1.0, "human_pairs": -1, "max_length": 34}
+OTHER_PAIRS = {"beta": 1.0, "human_pairs": -1, "constitutional_pairs": 1, "max_length": 34}
 CASES = {
     "sl_cai": ({"demonstrations": 1}, {"demonstrations": -1, "max_length": 34}),
     "dpo": (

@@ -3,9 +3,10 @@
 from collections import Counter
 
 import pytest
+from pydantic import ValidationError
 
 from alignment.chat import conversation_ids
-from alignment.methods.pairs import tokenised_pairs, training_pairs, with_room_for_an_answer
+from alignment.methods.pairs import PairsConfig, tokenised_pairs, training_pairs, with_room_for_an_answer
 from alignment.records import PreferencePair
 from alignment.sft import NothingToTrain
 
@@ -32,9 +33,28 @@ def test_all_human_pairs_or_none():
     assert sorted(p.id for p in training_pairs(CONSTITUTIONAL, HUMAN, 0, seed=0)) == [p.id for p in CONSTITUTIONAL]
 
 
-def test_human_pairs_alone_are_no_constitutions_pairs():
+def test_human_pairs_alone_are_no_constitutions_pairs_unless_they_are_asked_for_alone():
     with pytest.raises(NothingToTrain, match=r"no constitutional pairs.*Remedy: look at the filter counts"):
         training_pairs([], HUMAN, -1, seed=0)
+    for constitutional in ([], CONSTITUTIONAL):
+        alone = training_pairs(constitutional, HUMAN, -1, seed=0, constitutional_pairs=0)
+        assert Counter(p.source for p in alone) == {"human": 20}
+    with pytest.raises(NothingToTrain, match=r"only human pairs .* and there are none\. Remedy: add preferences"):
+        training_pairs(CONSTITUTIONAL, [], -1, seed=0, constitutional_pairs=0)
+
+
+def test_a_seeded_sample_of_constitutional_pairs():
+    sampled = [training_pairs(CONSTITUTIONAL, HUMAN, 8, seed=seed, constitutional_pairs=3) for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert Counter(p.source for p in sampled[0]) == {"constitutional": 3, "human": 8}
+    assert training_pairs(CONSTITUTIONAL, HUMAN, 8, seed=0, constitutional_pairs=99) == training_pairs(
+        CONSTITUTIONAL, HUMAN, 8, seed=0
+    )
+
+
+def test_settings_that_leave_nothing_to_learn_from_are_refused():
+    with pytest.raises(ValidationError, match="both 0: nothing is left to learn from"):
+        PairsConfig(constitutional_pairs=0, human_pairs=0)
 
 
 def test_token_ids_are_those_of_the_conversation_up_to_eos(tokenizer):

@@ -27,7 +27,7 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setattr(policies, "materialize", lambda context, stage, tools, *, force: stage())
     store = SimpleNamespace(model_files=lambda handle: None, path=lambda handle: tmp_path)
 
-    def run(name, partition):
+    def run(name, partition, **settings):
         seen = []
 
         def train(config, training):
@@ -37,20 +37,27 @@ def trained(tmp_path, monkeypatch):
         method = replace(METHODS[name], train=train)
         context = SimpleNamespace(partition_key=partition, resources=SimpleNamespace(store=store, tracking=None, dvc=None))
         key = f"aligned_policy/{name}"
-        config = launch_config(key, recipe_config(key, method.config))()
+        config = launch_config(key, recipe_config(key, method.config))(**settings)
         asset = policies.policy_asset(name, method)
         stage = asset.op.compute_fn.decorated_fn(context, config, **dict.fromkeys(method.inputs, HANDLE))
         stage.compute(SimpleNamespace(folder=tmp_path, out=tmp_path), SILENT)
-        return seen[0].preference_domains, stage.versions
+        return seen[0].preference_domains, stage.versions, set(stage.inputs)
 
     return run
 
 
 def test_a_method_that_learns_from_human_pairs_is_told_their_domains_and_named_by_them(trained):
-    assert trained("dpo", "cook") == (("everyday", "cooking"), {"preference_domains": "cooking,everyday"})
-    assert trained("dpo", "general") == ((), {})
+    assert trained("dpo", "cook")[:2] == (("everyday", "cooking"), {"preference_domains": "cooking,everyday"})
+    assert trained("dpo", "general")[:2] == ((), {})
 
 
 def test_where_no_human_pair_takes_part_their_domains_decide_nothing(trained):
-    _, versions = trained("ppo", "cook")
-    assert versions == {}
+    assert trained("ppo", "cook")[1] == {}
+    assert trained("dpo", "cook", human_pairs=0)[1] == {}
+
+
+def test_a_data_set_of_which_no_pair_is_wanted_is_no_input(trained):
+    every = {"sft_checkpoint", "constitutional_preference_pairs", "human_preferences"}
+    assert trained("dpo", "general")[2] == every
+    assert trained("dpo", "general", constitutional_pairs=0)[2] == every - {"constitutional_preference_pairs"}
+    assert trained("kto", "general", human_pairs=0)[2] == every - {"human_preferences"}

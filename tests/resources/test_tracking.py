@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from resources.paths import is_database, mlflow_ui, tracking_uri
-from resources.tracking import DataInput, MlflowTracking, StepInfo, flatten
+from resources.tracking import LEVEL, ROOT_RUN, DataInput, MlflowTracking, StepInfo, flatten
 
 PARAMS = {"optim": {"seed": 0, "learning_rate": 1e-4}, "wide": {f"key{i}": i for i in range(120)}, "long": "x" * 5000}
 STEPS = 30
@@ -118,6 +119,24 @@ def test_four_processes_on_a_fresh_database_share_one_parent(tmp_path, processes
             history = tracking.client().get_metric_history(child.info.run_id, name)
             assert {m.step: m.value for m in history} == {n: value(n) for n in range(STEPS)}
         assert [i.dataset.name for i in child.inputs.dataset_inputs] == [asset]
+
+
+@pytest.mark.parametrize(("later", "ours_stays"), [(-5, False), (5, True)])
+def test_of_two_parents_made_on_two_hosts_at_once_the_older_stays(tracking, monkeypatch, later, ours_stays):
+    made = []
+
+    def meanwhile(seconds: float) -> None:
+        ours = parent(tracking)
+        began, tags = ours.info.start_time + later, {name: ours.data.tags[name] for name in (ROOT_RUN, LEVEL)}
+        other = tracking.client().create_run(tracking.experiment_id, start_time=began, tags=tags)
+        made.extend([ours.info.run_id, other.info.run_id])
+
+    monkeypatch.setattr(MlflowTracking, "_on_one_host", lambda self: False)
+    monkeypatch.setattr("resources.tracking.time", SimpleNamespace(sleep=meanwhile, time=time.time))
+    child = succeed(tracking, step("prompts"))
+    ours, other = made
+    assert tracking.client().get_run(child).data.tags["mlflow.parentRunId"] == (ours if ours_stays else other)
+    assert tracking.client().get_run(ours).info.lifecycle_stage == ("active" if ours_stays else "deleted")
 
 
 def _attempt_and_die(folder: Path, info: StepInfo) -> None:
