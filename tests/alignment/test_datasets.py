@@ -522,3 +522,22 @@ def test_a_held_out_prompt_is_not_trained_on_as_an_earlier_or_later_turn_either(
     build_human_preferences(HumanPreferencesConfig(critiques=[]), sources, tmp_path)
     trained = read_preferences(tmp_path / "reward_train.jsonl") + read_preferences(tmp_path / "evaluator_train.jsonl")
     assert heldout not in {m.content for p in trained for m in p.history}
+
+
+def test_the_shipped_data_is_as_large_and_as_balanced_as_the_demo_needs(shipped):
+    conversations = read_conversations(Path(shipped["data/demonstrations.jsonl"]))
+    assert len(conversations) >= 160
+    assert sum(len(c.user_turns) > 1 for c in conversations) >= 20
+    pairs = read_preferences(Path(shipped["data/preferences.jsonl"]))
+    assert len(pairs) >= 300
+    assert sum(p.domain == "cooking" for p in pairs) >= 20
+    longer = sum(len(p.chosen) > len(p.rejected) for p in pairs) / len(pairs)
+    assert 0.4 <= longer <= 0.6
+    lessons = read_critiques(Path(shipped["data/critiques.jsonl"]))
+    assert len(lessons) >= 100
+    assert {"general", "medical", "coding", "customer_service", "tutor"} <= {lesson.constitution for lesson in lessons}
+    prompts = read_prompts(Path(shipped["data/prompts.jsonl"]))
+    assert len(prompts) >= 200
+    intents = [set(p.tags) & {"harmful-intent", "borderline-but-fine", "benign"} for p in prompts]
+    assert all(len(one) == 1 for one in intents)
+    assert len(read_problems(Path(shipped["data/reasoning.jsonl"]))) >= 300
