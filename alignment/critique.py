@@ -6,10 +6,11 @@ current answer under it and rewrite it. The initial answer becomes `rejected`, t
 Deviations: the revision is asked for in the critic's own conversation, so it sees the principle and the critique without
 paying for a second copy of the prompt; where the critic finds nothing, the answer stands and no revision is asked for.
 Whether it finds nothing is read from the probability of those words, not from the likeliest text: a small critic that
-was taught "No violations found" in a third of the cases would otherwise say so always, since every real critique opens
-differently. A critic that tells no probabilities (an endpoint) finds nothing where its critique says so. Several revisions
-may be sampled; a judge, usually a reward model trained on human pairs alone, picks the best, and says whether it is better
-than the initial answer (rejection sampling, as in arXiv 2112.09332; the evaluator takes no part in it).
+was taught "No violations found" in some of the cases (18 % in the shipped data) would otherwise say so always, since every
+real critique opens differently. A critic that tells no probabilities (an endpoint) finds nothing where its critique says so;
+where it refuses to criticise, the answer stands and counts as truncated. Several revisions may be sampled; a judge, usually a
+reward model trained on human pairs alone, picks the best, and says whether it is better than the initial answer (rejection
+sampling, as in arXiv 2112.09332; the evaluator takes no part in it).
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class Round(Record):
 class Revised(Record):
     """A prompt's way through the loop: as in the document, `initial`, `revisions` and `final`.
 
-    `truncated`: the initial answer or a revision hit the token limit. `reward_*`: the judge's score of the initial and of
-    the final answer, None without a judge.
+    `truncated`: the initial answer or a revision hit the token limit, or one of them or a critique was refused. `reward_*`: the
+    judge's score of the initial and of the final answer, None without a judge.
     """
 
     id: str
@@ -253,11 +254,12 @@ class _Loop:
         for k in range(len(principles[0])):
             asked = [self._asked(p, current[i], principles[i][k]) for i, p in enumerate(prompts)]
             said = self._critiques(prompts, asked, k)
-            faulty = [i for i in everyone if i in said and not finds_nothing(said[i])]
+            refused = {i for i, critique in said.items() if not critique.text and not critique.ended}
+            faulty = [i for i in everyone if i in said and i not in refused and not finds_nothing(said[i].text)]
             requests = [
                 [
                     *asked[i],
-                    {"role": "assistant", "content": said[i] or "-"},
+                    {"role": "assistant", "content": said[i].text or "-"},
                     {"role": "user", "content": revision_request(principles[i][k].revision_request)},
                 ]
                 for i in faulty
@@ -268,10 +270,11 @@ class _Loop:
                 if i in chosen:
                     reward_final[i], revision = chosen[i]
                     current[i], truncated[i] = revision.text, truncated[i] or not revision.ended
+                truncated[i] = truncated[i] or i in refused
                 rounds[i].append(
                     Round(
                         principle=principles[i][k].id,
-                        critique=said.get(i, f"{NO_VIOLATIONS}."),
+                        critique=said[i].text if i in said else f"{NO_VIOLATIONS}.",
                         revision=current[i],
                         revised=i in chosen,
                     )
@@ -295,7 +298,7 @@ class _Loop:
         asked = critique_request(prompt.prompt, answer, principle.text, principle.critique_request)
         return [*worked_examples(self._constitution, principle), {"role": "user", "content": asked}]
 
-    def _critiques(self, prompts: Sequence[Prompt], asked: Sequence[list[dict[str, str]]], k: int) -> dict[int, str]:
+    def _critiques(self, prompts: Sequence[Prompt], asked: Sequence[list[dict[str, str]]], k: int) -> dict[int, Completion]:
         # By the prompt's number; those of whom the critic says beforehand that it finds nothing are left out.
         config, faulty = self._config, list(range(len(prompts)))
         if config.no_violation_threshold < 1:
@@ -311,7 +314,7 @@ class _Loop:
             log=self._log,
             what="critiques",
         )
-        return {i: c.text for i, c in zip(faulty, critiques, strict=True)}
+        return dict(zip(faulty, critiques, strict=True))
 
     def _best_revisions(
         self, prompts: Sequence[Prompt], answers: Sequence[str], requests: Sequence[list[dict[str, str]]], k: int

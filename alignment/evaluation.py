@@ -57,6 +57,9 @@ class ReportConfig(Config):
     """Settings of one policy's measurement. How it is loaded and answers is decided by `sft_report`, so that both sides are
     measured alike."""
 
+    sampling_batch_size: int = Field(
+        0, ge=0, **layout("Prompts sampled at once; 0: as in sft_report. Lower it where memory runs out")
+    )
     score_batch_size: int = Field(32, ge=1, **layout("Conversations scored at once"))
 
 
@@ -148,12 +151,15 @@ def evaluate_policy(
     """Compare `policy` with the SFT checkpoint. Returns metrics (gain with interval, win rate, guardrails) and a row per prompt.
 
     Args:
-        theirs: what `measure_sft` returned for the same held-out data; its settings hold here, too.
+        theirs: what `measure_sft` returned for the same held-out data; its settings hold here, too, but for batch sizes.
         base_rows: the table of `measure_sft`, which this one continues.
 
     KL is measured on the first answer to each prompt.
     """
     settings = theirs.settings
+    if config.sampling_batch_size:
+        sampling = settings.sampling.model_copy(update={"batch_size": config.sampling_batch_size})
+        settings = settings.model_copy(update={"sampling": sampling})
     n = settings.samples_per_prompt
     heldout = _limited(heldout, settings)
     tokenizer = load_tokenizer(policy.base)

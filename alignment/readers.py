@@ -18,9 +18,11 @@ The format of a row is recognised by its columns, the first of the reader's list
   before it must be the same in both and becomes history and prompt.
 - In a transcript, two Assistant turns in a row, of which hh-rlhf has a few, are one turn.
 - A message is {"role": system | user | assistant, "content": text}
-  or {"from": system | human | user | gpt | assistant, "value": text}.
+  or {"from": system | human | user | gpt | assistant, "value": text}; its role may have capitals.
 - A list may stand as its JSON text, as it must in CSV. Where text may stand, too, it is taken for messages only if every item
-  is one: `[{"value": 3}]` is an answer like any other. An empty CSV cell is a missing value.
+  has the form of one, and one item at least a role that chats have: `[{"value": 3}]` is an answer like any other. An answer that
+  is itself such a list stands as the content of a message.
+- An empty CSV cell is a missing value.
 - Optional columns: `id` (text or a whole number; else `<file stem>-<line>`), `category` (conversations), `input`
   (beside instruction), `history` (messages before prompt), `domain` and `source` (preferences), `revision` (critiques;
   null when nothing was found), `tags` (prompts; a list, or text with commas), `kind` (problems).
@@ -532,7 +534,13 @@ _PROBLEMS = (
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {**_ROLES, "human": "user", "gpt": "assistant"}
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
-_PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|from)':\s*'(system|user|human|assistant|gpt)'.*\}\s*\]\s*\Z", re.DOTALL)
+_SPEAKERS = frozenset({*_SHAREGPT_ROLES, "tool", "function", "developer"})
+"""Roles that show a list to be messages, those included that no message may have here."""
+_PYTHON_MESSAGES = re.compile(
+    rf"\s*\[\s*\{{(?=.*'(content|value)':)(?=.*'(role|from)':\s*'({'|'.join(sorted(_SPEAKERS))})')\s*'.*\}}\s*\]\s*\Z",
+    re.DOTALL | re.IGNORECASE,
+)
+"""A list of messages as Python prints it, in whatever order it has their keys."""
 _TRANSCRIPT_TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
 
 
@@ -568,9 +576,10 @@ def _message(row: _Row, field: str, item: Any) -> Message:
             has = ", ".join(map(str, item)) or "nothing"
             row.fail(f"{field}.{key}", f"is missing; the message has {has}", f"write its {key}")
     role = row.checked(f"{field}.{role_key}", item[role_key])
-    if role not in roles:
+    known = roles.get(role.casefold())
+    if known is None:
         row.fail(f"{field}.{role_key}", f"is {role!r}, which is not a role", f"write one of {', '.join(roles)}")
-    return Message(role=roles[role], content=row.checked(f"{field}.{content_key}", item[content_key]))
+    return Message(role=known, content=row.checked(f"{field}.{content_key}", item[content_key]))
 
 
 def _message_keys(item: Mapping[str, Any]) -> tuple[str, str, Mapping[str, str]]:
@@ -580,22 +589,27 @@ def _message_keys(item: Mapping[str, Any]) -> tuple[str, str, Mapping[str, str]]
 
 
 def _messages_in(text: str) -> list[Any] | None:
-    """The messages that a text is the JSON of, each with a known role and a content. None for all other text."""
+    """The messages that a text is the JSON of, each with a role and a content, one at least in a role of `_SPEAKERS`.
+
+    None for all other text.
+    """
     if not text.lstrip().startswith("["):
         return None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, list) and all(map(_is_message, value)) else None
+    roles = [_role_in(item) for item in value] if isinstance(value, list) else []
+    return value if None not in roles and _SPEAKERS & set(roles) else None
 
 
-def _is_message(item: Any) -> bool:
+def _role_in(item: Any) -> str | None:
+    """The role of what has the form of a message, in small letters. None where it has not."""
     if not isinstance(item, dict):
-        return False
-    role_key, content_key, roles = _message_keys(item)
+        return None
+    role_key, content_key, _ = _message_keys(item)
     role, content = item.get(role_key), item.get(content_key)
-    return isinstance(role, str) and role in roles and isinstance(content, str)
+    return role.strip().casefold() if isinstance(role, str) and isinstance(content, str) else None
 
 
 def _next_role(

@@ -38,8 +38,8 @@ from resources.gpus import take_one_gpu
 from resources.tracking import Attempt, DataInput, MlflowTracking, StepInfo
 
 LESS_MEMORY = (
-    "lower this stage's optim.micro_batch_size (the result stays the same) or the batch_size of its sampling and scoring, set "
-    "optim.gradient_checkpointing: true, or load the model in 4 bit (load: {quantization: nf4})"
+    "lower this stage's optim.micro_batch_size (without dropout the result stays the same) or its batch sizes of sampling and "
+    "scoring, set optim.gradient_checkpointing: true, or load the model in 4 bit (load: {quantization: nf4})"
 )
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "dagster", "mlflow", "dvc")
 

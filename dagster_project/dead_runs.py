@@ -12,6 +12,7 @@ import psutil
 
 PROCESS = "alignment/process"  # tag of the runs that a process of its own executes, not a worker of Dagster's
 CLOCKS_DIFFER = 60  # seconds between a process's start and the event of it, at most
+CLOCKS_STEP = 5  # seconds that the start of one process may seem to move by when the clock is set
 
 
 def this_process() -> str:
@@ -35,9 +36,10 @@ def end_dead_runs(instance: dg.DagsterInstance) -> None:
 
 
 def _is_dead(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    if owner := run.tags.get(PROCESS):
+    # A run that Dagster launches has an origin, and where it repeats one of ours, also the tag of a process that is not its own.
+    if run.remote_job_origin is None and (owner := run.tags.get(PROCESS)):
         host, pid, begun = owner.split("/")
-        return host == socket.gethostname() and not _lives(int(pid), float(begun), within=0.01)
+        return host == socket.gethostname() and not _lives(int(pid), float(begun), within=CLOCKS_STEP)
     # A run that was launched from the UI or by the daemon: its worker noted its process id, but neither host nor start.
     if not isinstance(instance.run_launcher, dg.DefaultRunLauncher) or not _is_here(instance):
         return False

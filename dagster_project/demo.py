@@ -20,7 +20,6 @@ from alignment.errors import UserError
 from alignment.methods import METHODS
 from assets.settings import PARTITIONS, RECIPE, chosen_methods, keys_without
 from dagster_project.dead_runs import PROCESS, end_dead_runs, this_process
-from dagster_project.jobs import alignment
 from resources.paths import PROJECT
 
 
@@ -32,6 +31,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a Dagster run config (YAML), as in the launchpad")
     arguments = parser.parse_args()
     os.environ.setdefault("DAGSTER_HOME", str(PROJECT / "dagster_home"))
+    if arguments.methods:  # before the job is defined, which has no others, and for the processes of its steps
+        os.environ["ALIGNMENT_METHODS"] = ",".join(arguments.methods)
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) if arguments.config else {}
     print(f"alignment pipeline: recipe {RECIPE.name}, constitution {arguments.constitution}", flush=True)
     begun = time.monotonic()
@@ -50,6 +51,8 @@ def run_alignment(
     instance: dg.DagsterInstance, constitution: str, run_config: dict[str, Any], assets: list[str] | None = None
 ) -> dg.JobExecutionResult:
     """Run the alignment job for one constitution; `assets` (keys) restricts it to some of them."""
+    from dagster_project.jobs import alignment
+
     return execute(instance, alignment, constitution, run_config, assets)
 
 
@@ -73,6 +76,8 @@ def execute(
 
 def assets_of(chosen: Iterable[str]) -> list[str]:
     """The job's assets without the policies and reports of methods that were not chosen."""
+    from dagster_project.jobs import alignment
+
     keys = {key.to_user_string() for key in alignment().asset_layer.executable_asset_keys}
     return sorted(keys - set(keys_without(chosen)))
 

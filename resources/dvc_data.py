@@ -104,8 +104,16 @@ class DvcData(dg.ConfigurableResource):
         return out
 
     def check(self) -> None:
-        """Make sure that all of `data/` is there and is what `data.dvc` pins; raises like `checkout`."""
-        self.checkout(sorted(self._read_manifest()))
+        """Make sure that all of `data/` is there and is what `data.dvc` pins. Pulls nothing, which may take any time.
+
+        Raises:
+            DataVersionError: as `checkout`; or a file, or the manifest, is not there.
+        """
+        names = sorted(self._read_manifest(pull=False))
+        for name in names:
+            if not (Path(self.root) / "data" / name).exists():
+                raise DataVersionError(f"data/{name}: is not there yet. Remedy: run `.venv/bin/dvc pull data.dvc`.")
+        self.checkout(names)
 
     def version(self, folder: Path, names: Sequence[str], pointer: str) -> Path:
         """Make sure that DVC has the named files of a folder, as one data set, and return the path of its pointer.
@@ -148,7 +156,7 @@ class DvcData(dg.ConfigurableResource):
         rows = json.loads(manifest.read_text(encoding="utf-8"))
         return all((objects / row["md5"][:2] / row["md5"][2:]).exists() for row in rows)
 
-    def _read_manifest(self) -> dict[str, str]:
+    def _read_manifest(self, pull: bool = True) -> dict[str, str]:
         md5 = self.md5()
         relative = Path("files", "md5", md5[:2], f"{md5[2:]}.dir")
         for _ in range(2):
@@ -156,6 +164,10 @@ class DvcData(dg.ConfigurableResource):
                 if (store / relative).exists():
                     rows = json.loads((store / relative).read_text(encoding="utf-8"))
                     return {row["relpath"]: row["md5"] for row in rows}
+            if not pull:
+                raise DataVersionError(
+                    f"the manifest of data version {md5} is in no cache yet. Remedy: run `.venv/bin/dvc pull data.dvc`."
+                )
             self._pull()
         raise DataVersionError(f"the manifest of data version {md5} is in no cache or remote. Remedy: `dvc pull`.")
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 TOP_LOGPROBS = 20
-FEW = 8  # requests that may all be refused for their text, by a server that has answered others, without ending the run
+FEW = 8  # conversations that may all be refused for their text, by a server that has answered others, without ending the run
 BACKOFF = 1.0  # seconds before the first repetition; doubled for each further one
 
 
@@ -96,7 +96,8 @@ class EndpointAnswerer:
             tell(i, Completion(answer["text"], answer["completion_tokens"] or 0, ended))
 
         refused = _Exchange(self._settings, self._cache, self._budget).run(payloads, done, log, what)
-        if refused and len(refused) == len(payloads) and not (self._has_answered and len(refused) < FEW):
+        different = len({answer_key(conversations[i]) for i in refused})  # one may be asked with several seeds
+        if refused and len(refused) == len(payloads) and not (self._has_answered and different < FEW):
             raise EndpointError(
                 f"{what}: {self._settings.model} at {self._settings.base_url} refuses all {len(refused)} requests for their "
                 f"own text, the last: {list(refused.values())[-1]}. Remedy: shorten the prompts, lower max_new_tokens, or use "

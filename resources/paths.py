@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from alignment.errors import UserError
 
@@ -48,9 +49,11 @@ def is_database(uri: str) -> bool:
 
 
 def mlflow_ui(own: str = "http://127.0.0.1:5000") -> str:
-    """Address of MLflow's UI: MLFLOW_UI_URL, the tracking server's, or `own`, where `make ui` starts one for a database."""
+    """Address of MLflow's UI: MLFLOW_UI_URL, the tracking server's, or `own`, where `make ui` starts one for a database. It is
+    shown and recorded, and so without user and password."""
     uri = tracking_uri()
-    return os.environ.get("MLFLOW_UI_URL") or (own if is_database(uri) else uri.rstrip("/"))
+    address = urlsplit(os.environ.get("MLFLOW_UI_URL") or (own if is_database(uri) else uri.rstrip("/")))
+    return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
 
 
 def artifact_root() -> str:

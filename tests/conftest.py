@@ -25,9 +25,12 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="alignment-tests-")
 for _name in (
     "DAGSTER_HOME",
     "MLFLOW_TRACKING_URI",
+    "MLFLOW_DEFAULT_ARTIFACT_ROOT",
     "ALIGNMENT_CONSTITUTIONS",
     "ALIGNMENT_DATA_ROOT",
     "ALIGNMENT_DVC_REMOTE",
+    "ALIGNMENT_MAX_CONCURRENT",
+    "ALIGNMENT_METHODS",
     "DAGSTER_UI_URL",
     "MLFLOW_UI_URL",
 ):

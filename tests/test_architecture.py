@@ -1,6 +1,7 @@
 """What must stay true of the code as a whole: who imports whom, what loading the definitions costs."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -30,6 +31,14 @@ def test_import_contracts_hold():
     done = subprocess.run([BIN / "lint-imports", "--no-cache"], cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def test_no_setting_of_whoever_runs_the_tests_reaches_them():
+    sources = [path for package in ("assets", "dagster_project", "resources") for path in (PROJECT / package).glob("*.py")]
+    read = {name for path in sources for name in re.findall(r'environ(?:\.get\(|\[)"(\w+)"', path.read_text(encoding="utf-8"))}
+    assert {"ALIGNMENT_METHODS", "ALIGNMENT_STORAGE", "MLFLOW_DEFAULT_ARTIFACT_ROOT"} <= read
+    removed_or_set = set(re.findall(r"\b[A-Z_]+\b", (PROJECT / "tests" / "conftest.py").read_text(encoding="utf-8")))
+    assert read - removed_or_set == set()
 
 
 def test_loading_the_definitions_imports_nothing_heavy(python):

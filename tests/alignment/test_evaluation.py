@@ -6,7 +6,7 @@ import pytest
 
 from alignment import evaluation
 from alignment.evaluation import Heldout, ReportConfig, SftReportConfig, evaluate_policy, measure_sft
-from alignment.generation import SamplingSettings
+from alignment.generation import SamplingSettings, generate
 from alignment.models import LoadSettings, ModelFiles
 from alignment.records import Conversation, Message, Prompt
 
@@ -64,3 +64,25 @@ def test_no_two_models_are_in_memory_at_a_time(tiny_model, float32, monkeypatch)
     theirs, _, rows = measure_sft(settings, base=files, **models)
     evaluate_policy(ReportConfig(), theirs=theirs, base_rows=rows, policy=files, **models)
     assert beside == [0] * 8  # SFT, base and two scorers; policy, SFT and two scorers
+
+
+def test_a_policy_may_answer_in_smaller_batches_than_the_sft_checkpoint_did(tiny_model, float32, monkeypatch):
+    sizes = []
+
+    def counted(model, tokenizer, questions, settings, **kwargs):
+        sizes.append(settings.batch_size)
+        return generate(model, tokenizer, questions, settings, **kwargs)
+
+    monkeypatch.setattr(evaluation, "generate", counted)
+    files = ModelFiles(tiny_model)
+    heldout = Heldout(prompts=tuple(Prompt(id=q, prompt=q) for q in ("Why?", "How many are there?", "Who says so?")))
+    models = {"sft": files, "evaluator": files, "reward_model": files, "heldout": heldout}
+    settings = SftReportConfig(sampling=SamplingSettings(max_new_tokens=8, batch_size=3), base_examples=0, load=float32)
+    theirs, _, rows = measure_sft(settings, base=files, **models)
+    tables = []
+    for size, used in ((0, 3), (1, 1)):
+        sizes.clear()
+        config = ReportConfig(sampling_batch_size=size)
+        tables.append(evaluate_policy(config, theirs=theirs, base_rows=rows, policy=files, **models)[1])
+        assert set(sizes) == {used}
+    assert [row["policy"] for row in tables[0]] == [row["policy"] for row in tables[1]]

@@ -43,7 +43,7 @@ LAYOUT = {
     ("RewardConfig", "score_batch_size"),
     ("RewardMixConfig", "score_batch_size"),
     ("EvaluatorConfig", "score_batch_size"),
-    ("ReportConfig", "score_batch_size"),
+    *(("ReportConfig", name) for name in ("sampling_batch_size", "score_batch_size")),
     ("SftReportConfig", "score_batch_size"),
     *(("PpoConfig", name) for name in ("share_base", "reuse_frozen_layers", "micro_batch_size")),
     *(("PpoConfig", name) for name in ("score_batch_size", "save_every")),

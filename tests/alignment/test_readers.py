@@ -437,9 +437,23 @@ def test_text_that_only_begins_like_messages_is_text(tmp_path, answer):
     assert [m.content for m in talked.messages] == [answer, answer]
 
 
+def turned(message: dict[str, str]) -> dict[str, str]:
+    return dict(reversed(message.items()))
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [user("a"), assistant("b")],
+        [turned(user("a's")), turned(assistant("b"))],
+        [{"value": "a", "from": "human"}, {"value": "b", "from": "gpt"}],
+        [{"id": 1, "role": "User", "content": "a"}, {"id": 2, "role": "Assistant", "content": "b"}],
+    ],
+    ids=["role first", "content first", "ShareGPT", "more keys, capitals"],
+)
 @pytest.mark.parametrize("between", [", ", "\n "], ids=["a list", "an array"])
-def test_messages_as_pandas_writes_them_to_csv_are_not_taken_for_text(tmp_path, between):
-    printed = f"[{user('a')}{between}{assistant('b')}]"  # str() of a Python list, or of a numpy array
+def test_messages_as_pandas_writes_them_to_csv_are_not_taken_for_text(tmp_path, turns, between):
+    printed = f"[{between.join(map(str, turns))}]"  # str() of a Python list, or of a numpy array
     content = csv_bytes(["prompt", "chosen", "rejected"], ["a", printed, "no"])
     with pytest.raises(DataError, match=r"field 'chosen': is messages as Python prints them.*json.dumps"):
         read_preferences(write(tmp_path, "p.csv", content))
@@ -449,6 +463,21 @@ def test_what_is_messages_is_still_checked_as_messages(tmp_path):
     row = pair(chosen=json.dumps([user("a"), assistant("b"), user("c")]))
     with pytest.raises(DataError, match="field 'chosen': ends with a user turn"):
         read_preferences(write(tmp_path, "p.jsonl", jsonl(row)))
+
+
+@pytest.mark.parametrize("role", ["tool", "Tool", "robot"])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")], ids=str)
+def test_an_unknown_role_in_the_json_text_of_messages_is_an_error(tmp_path, keys, role):
+    turns = [dict(zip(keys, said, strict=True)) for said in [("user", "a"), (role, "b"), ("assistant", "c")]]
+    with pytest.raises(DataError, match=rf"field 'chosen\[1\].{keys[0]}': is '{role}', which is not a role"):
+        read_preferences(write(tmp_path, "p.jsonl", jsonl(pair(chosen=json.dumps(turns)))))
+
+
+@pytest.mark.parametrize("told", [list, json.dumps], ids=["a list", "its json text"])
+def test_roles_may_have_capitals(tmp_path, told):
+    row = pair(chosen=told([{"role": "Assistant", "content": "Yes."}]), rejected=told([{"from": "GPT", "value": "No."}]))
+    (record,) = read_preferences(write(tmp_path, "p.jsonl", jsonl(row)))
+    assert (record.chosen, record.rejected) == ("Yes.", "No.")
 
 
 def test_two_assistant_turns_in_a_row_of_a_transcript_are_one(tmp_path):

@@ -10,11 +10,13 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster._core.events import EngineEventData
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from dagster_project.dead_runs import PROCESS, end_dead_runs, this_process
 
 PROJECT = Path(__file__).resolve().parents[2]
 STARTED = dg.DagsterRunStatus.STARTED
+LAUNCHED = RemoteJobOrigin(RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("here"), "__repository__"), "idle")
 
 
 @pytest.fixture
@@ -42,8 +44,9 @@ def idle() -> None:
 
 
 def started(instance: dg.DagsterInstance, *, worker: int | None = None, **tags: str) -> dg.DagsterRun:
-    """A run under way that holds the pool's only slot."""
-    run = instance.create_run_for_job(idle, status=STARTED, tags=tags)
+    """A run under way that holds the pool's only slot; with a worker, one that was launched from the UI."""
+    origin = None if worker is None else LAUNCHED
+    run = instance.create_run_for_job(idle, status=STARTED, tags=tags, remote_job_origin=origin)
     if worker is not None:
         instance.report_engine_event(f"Started process for run (pid: {worker}).", run, EngineEventData.in_process(worker))
     instance.event_log_storage.set_concurrency_slots("gpu", 1)
@@ -73,10 +76,13 @@ def test_a_process_of_the_same_number_that_started_at_another_time_is_not_the_wo
     assert status(instance, run) == dg.DagsterRunStatus.FAILURE
 
 
-def test_a_run_whose_worker_lives_goes_on(instance):
+@pytest.mark.parametrize("repeats_a_command", [False, True])
+def test_a_run_whose_worker_lives_goes_on(instance, dead, repeats_a_command):
+    # Executed again in the UI, a command's run hands its tags on, with a process that has ended.
+    tags = {PROCESS: f"{this_process().split('/')[0]}/{dead}/1.00"} if repeats_a_command else {}
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     try:
-        run = started(instance, worker=worker.pid)
+        run = started(instance, worker=worker.pid, **tags)
         end_dead_runs(instance)
         assert status(instance, run) == STARTED
         assert held(instance) == {run.run_id}
@@ -93,11 +99,12 @@ def test_nothing_is_known_of_a_run_that_noted_no_worker(instance):
 
 def test_the_run_of_a_killed_command_is_ended_and_that_of_a_living_one_is_not(instance, dead):
     mine = this_process()
-    host, _, begun = mine.split("/")
+    host, pid, begun = mine.split("/")
     run = started(instance, **{PROCESS: f"{host}/{dead}/{begun}"})
     end_dead_runs(instance)
     assert status(instance, run) == dg.DagsterRunStatus.FAILURE
-    for owner in (mine, f"another-host/{os.getpid()}/1.00"):
+    after_the_clock_was_set = f"{host}/{pid}/{float(begun) + 2:.2f}"
+    for owner in (mine, after_the_clock_was_set, f"another-host/{os.getpid()}/1.00"):
         run = started(instance, **{PROCESS: owner})
         end_dead_runs(instance)
         assert status(instance, run) == STARTED

@@ -161,3 +161,20 @@ def test_the_job_runs_the_methods_that_the_environment_names():
 
     assert set(run("dpo, ppo").stdout.split()) == set(assets_of(["dpo", "ppo"]))
     assert "methods: ddpo: choose from" in run("ddpo").stderr
+
+
+def test_the_methods_that_a_command_names_count_whatever_the_environment_names(python, tmp_path):
+    script = (
+        "import sys\n"
+        "from dagster_project import demo\n"
+        "def execute(instance, job, constitution, config, assets):\n"
+        "    print(*assets, *(key.to_user_string() for key in job().asset_layer.executable_asset_keys))\n"
+        "    sys.exit(0)\n"
+        "demo.execute, sys.argv = execute, ['demo', '--methods', 'ppo']\n"
+        "demo.main()"
+    )
+    done = python(script, ALIGNMENT_METHODS="dpo", DAGSTER_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    run = done.stdout.splitlines()[-1]
+    assert "aligned_policy/ppo" in run
+    assert sorted(run.split()) == sorted(assets_of(["ppo"]) * 2)

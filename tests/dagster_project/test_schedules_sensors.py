@@ -123,12 +123,16 @@ def test_a_new_version_asks_for_one_run_per_constitution_and_records_the_data(in
 def test_a_pointer_that_came_without_its_files_is_a_reason_to_wait_for_them(instance, pointer):
     (pointer.parent / "data").mkdir()
     (pointer.parent / "data" / "prompts.jsonl").write_text("old")
-    pin(pointer, SECOND, {"prompts.jsonl": "new"})  # `git pull` brings the pointer
+    pin(pointer, SECOND, {"prompts.jsonl": "new", "talks.jsonl": "added"})  # `git pull` brings the pointer
     tick = look(instance, FIRST)
     assert tick.run_requests == []
-    assert "data/prompts.jsonl: differs from the version that data.dvc pins" in tick.skip_message
+    assert "data/talks.jsonl: is not there yet" in tick.skip_message
     assert "dvc pull data.dvc" in tick.skip_message
     assert tick.cursor in (None, FIRST)  # None leaves the cursor as it is
+    (pointer.parent / "data" / "talks.jsonl").write_text("added")
+    tick = look(instance, FIRST)
+    assert "data/prompts.jsonl: differs from the version that data.dvc pins" in tick.skip_message
+    assert "dvc pull data.dvc" in tick.skip_message
     (pointer.parent / "data" / "prompts.jsonl").write_text("new")  # and `dvc pull` the files
     assert len(look(instance, FIRST).run_requests) == len(CONSTITUTIONS)
 

@@ -96,6 +96,19 @@ def test_one_missing_file_comes_back_and_the_others_stay(root):
     assert (root / "data" / "prompts.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_check_pulls_nothing_and_says_what_is_not_there_yet(root):
+    data = DvcData(root=str(root))
+    data.check()
+    os.remove(root / "data" / "pairs.jsonl")
+    with pytest.raises(DataVersionError, match=r"data/pairs\.jsonl: is not there yet\. Remedy: .*dvc pull data\.dvc"):
+        data.check()
+    assert not (root / "data" / "pairs.jsonl").exists()
+    forget(root / ".dvc" / "cache")
+    forget(root / "dvc_store")
+    with pytest.raises(DataVersionError, match=r"the manifest .* is in no cache yet\. Remedy: .*dvc pull data\.dvc"):
+        data.check()
+
+
 def test_data_in_the_cache_needs_no_remote(root):
     forget(root / "data")
     forget(root / "dvc_store")

@@ -30,7 +30,7 @@ from alignment.progress import Log
 from alignment.recipes import Recipe, RecipeError
 from alignment.records import Prompt
 from alignment.tiny_model import build_tiny_model
-from resources.endpoint import EndpointAnswerer, EndpointError, option_probabilities
+from resources.endpoint import FEW, EndpointAnswerer, EndpointError, option_probabilities
 
 KEY = "sk-recognisable-4711-0815-secret"
 SAMPLING = SamplingSettings(temperature=0.7, max_new_tokens=64)
@@ -413,20 +413,46 @@ def test_a_last_prompt_that_is_refused_does_not_end_a_stage_that_had_answers(ans
             ask(later, CONVERSATIONS[1:])
 
 
+def test_a_prompt_that_is_asked_with_many_seeds_and_refused_each_time_is_one(answerer):
+    with ChatServer(refusing_those_with("Question 1:")) as server:
+        who = answerer(server)
+        ask(who, CONVERSATIONS[:1])
+        assert ask(who, CONVERSATIONS[1:2] * 16) == [Completion("", 0, ended=False)] * 16
+
+
+RULES = load_constitution(Path(__file__).parents[2] / "conf" / "constitutions" / "general.yaml")
+PROMPTS = [Prompt(id=f"p{i}", prompt=c[0]["content"]) for i, c in enumerate(CONVERSATIONS[:3])]
+
+
 def test_a_prompt_that_is_refused_makes_no_pair_and_is_counted(answerer, tmp_path):
-    prompts = [Prompt(id=f"p{i}", prompt=c[0]["content"]) for i, c in enumerate(CONVERSATIONS[:3])]
-    rules = load_constitution(Path(__file__).parents[2] / "conf" / "constitutions" / "general.yaml")
     with ChatServer(refusing_those_with("Question 1:")) as server:
         said, who = [], answerer(server)
         config = CritiqueConfig(rounds=1)
-        revised = critique_and_revise(who, who, prompts, rules, config, work=tmp_path, log=Log(say=said.append))
+        revised = critique_and_revise(who, who, PROMPTS, RULES, config, work=tmp_path, log=Log(say=said.append))
     assert (revised[1].initial, revised[1].final, revised[1].truncated) == ("", "", True)
-    pairs, reasons = preference_pairs(revised, rules, FilterSettings(min_same_script=0.0))
+    pairs, reasons = preference_pairs(revised, RULES, FilterSettings(min_same_script=0.0))
     assert [p.id for p in pairs] == ["p0", "p2"]
     assert reasons == {"empty": 1}
     warnings = [line for line in said if "warning" in line]
-    assert len(warnings) == 3  # of the answer, the critique and the revision
+    assert len(warnings) == 2  # of the answer and the critique
     assert all("refuses 'Question 1: größer?" in line for line in warnings)
+
+
+def test_where_only_the_critique_is_refused_no_revision_is_asked_for(answerer, tmp_path):
+    def upstream(payload):
+        asked = payload["messages"][-1]["content"]
+        if "Critique:" not in asked:
+            return echo(payload)
+        return FILTERED if "Question 1:" in asked else completion("No violations found.")
+
+    with ChatServer(upstream) as server:
+        who = answerer(server)
+        config = CritiqueConfig(rounds=2, candidates=FEW)
+        revised = critique_and_revise(who, who, PROMPTS, RULES, config, work=tmp_path)
+        assert not [p for p in server.payloads if "Revision:" in p["messages"][-1]["content"]]
+    assert [r.truncated for r in revised] == [False, True, False]
+    assert revised[1].initial == revised[1].final != ""
+    assert [(r.critique, r.revised) for r in revised[1].revisions] == [("", False)] * 2
 
 
 def test_a_refused_judgement_is_named_by_the_prompt_that_was_answered(answerer):

@@ -121,6 +121,27 @@ def test_a_run_goes_on_with_its_own_handles_whatever_others_materialize_meanwhil
     assert read[1][1] not in {first.run_id, read[1][0]}
 
 
+class Repeated:
+    """A job whose run fails, to be executed again in part, on an instance of its own."""
+
+    def __init__(self, folder: Path, *assets: dg.AssetsDefinition) -> None:
+        resources = {"io_manager": HandleIOManager(root=str(folder))}
+        jobs = [dg.define_asset_job("job", executor_def=dg.in_process_executor)]
+        self.job = dg.Definitions(assets, jobs=jobs, resources=resources).resolve_job_def("job")
+        self.instance = dg.DagsterInstance.ephemeral()
+
+    def materialize(self, *keys: str) -> dg.ExecuteInProcessResult:
+        selection = [dg.AssetKey(key) for key in keys] or None
+        return self.job.execute_in_process(instance=self.instance, raise_on_error=False, asset_selection=selection)
+
+    def again(self, first: dg.ExecuteInProcessResult, *keys: str) -> list[str]:
+        """Executes these assets of a run again; what the log says of handles."""
+        job = self.job.get_subset(asset_selection={dg.AssetKey(key) for key in keys})
+        repeated = self.instance.create_run_for_job(job, parent_run_id=first.run_id, root_run_id=first.run_id)
+        assert execute_run(InMemoryJob(job), repeated, self.instance).success
+        return [e.user_message for e in self.instance.all_logs(repeated.run_id) if e.user_message.startswith("made: as run ")]
+
+
 def test_a_re_executed_run_goes_on_with_the_handles_of_the_run_it_repeats(tmp_path):
     read, fails = [], [True]
 
@@ -131,22 +152,62 @@ def test_a_re_executed_run_goes_on_with_the_handles_of_the_run_it_repeats(tmp_pa
     @dg.asset
     def used(made) -> None:
         if fails:
+            assert pipeline.materialize("made").success  # somebody else's, at once with this run
             raise RuntimeError("an accident")
         read.append(made.mlflow_run_id)
 
-    resources = {"io_manager": HandleIOManager(root=str(tmp_path))}
-    jobs = [dg.define_asset_job("job", executor_def=dg.in_process_executor)]
-    job = dg.Definitions([made, used], jobs=jobs, resources=resources).resolve_job_def("job")
-    instance = dg.DagsterInstance.ephemeral()
-    first = job.execute_in_process(instance=instance, raise_on_error=False)
+    pipeline = Repeated(tmp_path, made, used)
+    first = pipeline.materialize()
     assert not first.success
-    # Somebody else's, meanwhile.
-    assert job.execute_in_process(instance=instance, asset_selection=[made.key]).success
     fails.clear()
-    again = job.get_subset(asset_selection={used.key})
-    repeated = instance.create_run_for_job(again, parent_run_id=first.run_id, root_run_id=first.run_id)
-    assert execute_run(InMemoryJob(again), repeated, instance).success
+    (said,) = pipeline.again(first, "used")
     assert read == [first.run_id]
+    assert first.run_id in said
+
+
+def test_a_re_executed_run_reads_what_was_made_since_the_run_it_repeats_had_ended(tmp_path):
+    read, fails = [], [True]
+
+    @dg.asset
+    def made(context: dg.AssetExecutionContext):
+        return BASE.model_copy(update={"mlflow_run_id": context.run_id})
+
+    @dg.asset
+    def used(made) -> None:
+        if fails:
+            raise RuntimeError("settings to be mended upstream")
+        read.append(made.mlflow_run_id)
+        assert pipeline.materialize("made").success  # somebody else's, at once with this run
+
+    @dg.asset(deps=[used])
+    def used_later(made) -> None:
+        read.append(made.mlflow_run_id)
+
+    pipeline = Repeated(tmp_path, made, used, used_later)
+    first = pipeline.materialize()
+    assert not first.success
+    mended = pipeline.materialize("made")
+    fails.clear()
+    said = pipeline.again(first, "used", "used_later")
+    assert read == [mended.run_id] * 2
+    assert said[0] == f"made: as run {mended.run_id} has made it since run {first.run_id} ended"
+
+
+def test_a_value_is_loaded_without_a_run_as_in_a_notebook(tmp_path):
+    @dg.asset
+    def made():
+        return BASE
+
+    @dg.asset(partitions_def=PARTITIONS)
+    def each(context: dg.AssetExecutionContext):
+        return POLICY.model_copy(update={"partition": context.partition_key})
+
+    assert run([made, each], tmp_path, partition_key="general").success
+    defs = dg.Definitions([made, each], resources={"io_manager": HandleIOManager(root=str(tmp_path))})
+    assert defs.load_asset_value("made") == BASE
+    assert defs.load_asset_value("each", partition_key="general").partition == "general"
+    with pytest.raises(dg.Failure, match="each has not been materialized for partition 'coding'"):
+        defs.load_asset_value("each", partition_key="coding")
 
 
 def test_handles_of_runs_long_past_are_forgotten(tmp_path):

@@ -349,6 +349,13 @@ def test_a_database_needs_a_server_of_ours_and_a_server_does_not(uri, database, 
     assert mlflow_ui() == "http://seen-from-outside"
 
 
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "MLFLOW_UI_URL"])
+def test_the_address_that_is_shown_has_no_password(variable, monkeypatch):
+    monkeypatch.delenv("MLFLOW_UI_URL", raising=False)
+    monkeypatch.setenv(variable, "https://someone:p@ss@host:8080/mlflow")
+    assert mlflow_ui() == "https://host:8080/mlflow"
+
+
 def test_flatten_joins_keys_and_keeps_lists():
     assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2], "e": {}}) == {"a.b.c": 1, "d": [1, 2]}
 
