@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class PpoConfig(Config):
