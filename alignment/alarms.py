@@ -2,8 +2,8 @@
 
 `ALARMS` is the table: what is watched, on which assets, from which metrics, and what to do when it fires. An alarm decides
 from metrics alone, so that it says the same of an artifact that was reused. A number that is missing fires the alarm: what
-was not measured is no evidence that all is well. Failures that no metric shows are errors where they arise; docs/alarms.md
-lists both.
+was not measured is no evidence that all is well; only an alarm about a measurement that a recipe may leave out (`optional`) is
+silent without it. Failures that no metric shows are errors where they arise; docs/alarms.md lists both.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ REWARD_MODELS = ("human_reward_model", "reward_model", "evaluator")
 class AlarmConfig(Config):
     """Bounds of the alarms (stage `alarms` of a recipe). They decide no content: changing one recomputes nothing."""
 
-    max_dropped_share: float = Field(0.5, gt=0, le=1, description="Share of training rows that may be dropped as too long")
+    max_dropped_share: float = Field(
+        0.5, gt=0, le=1, description="Share of training rows, pairs, prompts or tasks that may be dropped as too long"
+    )
     min_eos_probability: float = Field(
-        0.02, ge=0, lt=1, description="After SFT: mean probability of EOS where a held-out demonstration ends"
+        0.02, ge=0, lt=1, description="After SFT and SL-CAI: mean probability of EOS where a held-out demonstration ends"
     )
     min_eos_rate: float = Field(0.5, ge=0, le=1, description="Share of sampled answers that must end by themselves")
     max_chosen_reward_fall: float = Field(
@@ -37,7 +39,9 @@ class AlarmConfig(Config):
     max_perplexity_ratio: float = Field(
         1.15, gt=1, description="DPO: perplexity on held-out demonstrations that counts as worse, against the SFT checkpoint's"
     )
-    max_ratio_error: float = Field(0.01, gt=0, description="PPO: the first pass's mean importance ratio may be this far from 1")
+    max_ratio_error: float = Field(
+        0.01, gt=0, description="PPO: before the first update on a batch, no token's importance ratio may be farther from 1"
+    )
     max_kl_per_answer: float = Field(30.0, gt=0, description="PPO: KL from the reference, in nats per answer")
     min_entropy: float = Field(0.01, ge=0, description="PPO, GRPO, RLOO: the policy's entropy in nats per token")
     max_kl_per_token: float = Field(2.0, gt=0, description="GRPO, RLOO: KL from the reference, in nats per token")
@@ -166,12 +170,15 @@ def _watch(
 
 # --- 1: no trainable token --------------------------------------------------------------------------------------------
 
+_FINE_TUNED = ("sft_checkpoint", "aligned_policy/sl_cai")
+_GROUPS = ("aligned_policy/grpo", "aligned_policy/rloo")
+
 
 @_watch(
     1,
-    ["sft_checkpoint"],
+    _FINE_TUNED,
     ["train/rows", "train/loss"],
-    "look at a few rows of sft_dataset: each needs an assistant turn, and the chat template must end it with EOS.",
+    "look at a few rows of the training data: each needs an assistant turn, and the chat template must end it with EOS.",
     "error",
 )
 def trainable_tokens(bounds: AlarmConfig, rows: float, loss: float) -> tuple[bool, str]:
@@ -192,7 +199,7 @@ def heldout_loss_falls(bounds: AlarmConfig, before: float, after: float) -> tupl
 
 @_watch(
     1,
-    ["sft_checkpoint"],
+    _FINE_TUNED,
     ["train/rows", "train/rows_dropped_too_long"],
     "raise max_length, or shorten the conversations.",
 )
@@ -203,12 +210,34 @@ def rows_dropped(bounds: AlarmConfig, kept: float, dropped: float) -> tuple[bool
 
 @_watch(
     1,
-    REWARD_MODELS,
+    (*REWARD_MODELS, "aligned_policy/dpo", "aligned_policy/kto", "aligned_policy/orpo"),
     ["train/pairs", "train/pairs_dropped_too_long"],
-    "raise max_length, or shorten the answers.",
+    "raise max_length, or shorten prompts and answers.",
 )
 def pairs_dropped(bounds: AlarmConfig, kept: float, dropped: float) -> tuple[bool, str]:
-    """Most pairs fit into max_length and are trained on."""
+    """Most pairs fit into max_length (DPO, KTO, ORPO: their prompts do) and are trained on."""
+    return _dropped(bounds, kept, dropped)
+
+
+@_watch(
+    1,
+    ["aligned_policy/ppo"],
+    ["train/prompts", "train/prompts_dropped_too_long"],
+    "raise max_prompt_length, or shorten the prompts.",
+)
+def prompts_dropped(bounds: AlarmConfig, kept: float, dropped: float) -> tuple[bool, str]:
+    """Most prompts fit into max_prompt_length and are answered in training."""
+    return _dropped(bounds, kept, dropped)
+
+
+@_watch(
+    1,
+    _GROUPS,
+    ["train/tasks", "train/tasks_dropped_too_long"],
+    "raise max_prompt_length, or shorten the tasks.",
+)
+def tasks_dropped(bounds: AlarmConfig, kept: float, dropped: float) -> tuple[bool, str]:
+    """Most tasks fit into max_prompt_length and are answered in training."""
     return _dropped(bounds, kept, dropped)
 
 
@@ -222,7 +251,7 @@ def _dropped(bounds: AlarmConfig, kept: float, dropped: float) -> tuple[bool, st
 
 @_watch(
     2,
-    ["sft_checkpoint"],
+    _FINE_TUNED,
     ["heldout/eos_probability"],
     "train longer; check that the chat template ends an assistant turn with the tokenizer's EOS and that pad is another token.",
 )
@@ -305,8 +334,12 @@ def likelihood_not_displaced(bounds: AlarmConfig, chosen: float, policy: float, 
     "sample and score in the same precision (load.dtype: float32), at the temperature that is trained, without dropout.",
 )
 def first_pass_ratio(bounds: AlarmConfig, ratio: float) -> tuple[bool, str]:
-    """Before the first update, policy and sampler agree: the mean importance ratio is 1."""
-    return abs(ratio - 1) > bounds.max_ratio_error, f"ratio {ratio:.4f} on the first pass; within {bounds.max_ratio_error:g} of 1"
+    """Before the first update on a batch, policy and sampler agree on every token: no importance ratio is off 1."""
+    off = abs(ratio - 1)
+    return (
+        off > bounds.max_ratio_error,
+        f"an importance ratio {off:.4f} off 1 on the first pass; at most {bounds.max_ratio_error:g}",
+    )
 
 
 @_watch(
@@ -356,8 +389,6 @@ def policy_has_entropy(bounds: AlarmConfig, entropy: float) -> tuple[bool, str]:
 
 # --- 7: GRPO and RLOO -------------------------------------------------------------------------------------------------
 
-_GROUPS = ("aligned_policy/grpo", "aligned_policy/rloo")
-
 
 @_watch(
     7,
@@ -373,9 +404,9 @@ def groups_differ(bounds: AlarmConfig, share: float) -> tuple[bool, str]:
     )
 
 
-@_watch(7, _GROUPS, ["train/kl_last"], "raise beta, or lower the learning rate.", optional=True)
+@_watch(7, _GROUPS, ["train/kl_last"], "raise beta, or lower the learning rate.")
 def kl_per_token(bounds: AlarmConfig, kl: float) -> tuple[bool, str]:
-    """The policy stays near its reference (not measured where beta is 0)."""
+    """The policy stays near its reference, also where beta is 0."""
     return kl > bounds.max_kl_per_token, f"KL {kl:.3f} nats per token; at most {bounds.max_kl_per_token:g}"
 
 

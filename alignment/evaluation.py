@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CODE_VERSION = "4"
+CODE_VERSION = "5"
 
 
 class SftReportConfig(Config):

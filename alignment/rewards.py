@@ -129,7 +129,7 @@ def total_rewards(
 
 
 _ANSWER = re.compile(r"answer\s*(?:is)?\s*:\s*([^\n]+)", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?\d(?:[\d,]*\d)?(?:\.\d+)?")
 
 
 def _well_formed(text: str) -> bool:
@@ -139,5 +139,5 @@ def _well_formed(text: str) -> bool:
 
 
 def _plain(answer: str) -> str:
-    text = answer.strip().strip("*`$").rstrip(".!").strip().lower()
+    text = answer.strip().lstrip("*`$").rstrip("*`$.! ").strip().lower()
     return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})*(\.\d+)?", text) else text

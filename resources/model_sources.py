@@ -194,6 +194,12 @@ def _whole(config: BaseModelConfig, what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            raise ModelSourceError(
+                f"base_model.name: {config.name}: the {what} needs code of its own, which is not run unless you say so. "
+                "Remedy: read that code; if you trust it, set base_model.trust_remote_code and load.trust_remote_code of every "
+                "stage to true; else choose another model."
+            ) from error
         reason = str(error).strip().splitlines() or [""]
         raise ModelSourceError(
             f"base_model.name: {config.name}: the {what} cannot be loaded ({type(error).__name__}: {reason[0]}). "

@@ -24,7 +24,7 @@ from alignment.progress import SILENT, Log
 from alignment.rewards import Task
 from alignment.training import Trained
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class GrpoConfig(GroupRlConfig):

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 
 
 class PpoConfig(Config):
@@ -218,10 +218,10 @@ def train_ppo(
         save_model(model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     del roles, learner, reuse, model, functions, of_model
     free_memory()
-    return trained, _final_metrics(trained, len(tasks) - len(prompts))
+    return trained, _final_metrics(trained, len(prompts), len(tasks) - len(prompts))
 
 
-def _final_metrics(trained: Trained, dropped: int) -> dict[str, float]:
+def _final_metrics(trained: Trained, kept: int, dropped: int) -> dict[str, float]:
     first = {name: points[0][1] for name, points in trained.curves.items()}
     metrics = {
         "train/policy_loss": trained.mean("loss/policy"),
@@ -236,6 +236,7 @@ def _final_metrics(trained: Trained, dropped: int) -> dict[str, float]:
         "train/mean_length_last": trained.last("length/mean"),
         "train/ratio_first": max((v for _, v in trained.curves.get("ratio/first_pass_off", [])), default=math.nan) + 1,
         "train/explained_variance_last": trained.last("critic/explained_variance"),
+        "train/prompts": kept,
         "train/prompts_dropped_too_long": dropped,
     }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -28,6 +28,27 @@ def tiny_gpt2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def other_base(tmp_path_factory):
+    """The folder of a one-layer GPT-2 with another tokenizer: its ids, special tokens and chat template are its own."""
+    import torch
+    from test_any_base import bare_tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from alignment.chat_templates import shipped_chat_template
+
+    tokenizer = bare_tokenizer()
+    tokenizer.chat_template = shipped_chat_template("plain").text
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=512, **ids))
+    folder = tmp_path_factory.mktemp("other") / "gpt2"
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def float32():
     """Load settings under which equal computations give equal numbers on every machine."""
     from alignment.models import LoadSettings

@@ -4,9 +4,9 @@ import json
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from alarm_runs import SHOWN, shows
 from pydantic import ValidationError
 
 from alignment.ai_feedback import (
@@ -25,7 +25,7 @@ from alignment.ai_feedback import (
     prefers_in_both_orders,
     verdict_request,
 )
-from alignment.alarms import AlarmConfig, sound, watches
+from alignment.alarms import watches
 from alignment.constitutions import Constitution, Principle
 from alignment.critic import LocalAnswerer
 from alignment.critique import draw_principles
@@ -509,48 +509,47 @@ MIXED = [p.model_copy(update={"id": f"{p.id}-{i}", "rejected": "no" * (1 + 20 * 
 
 
 @pytest.fixture
-def fired(collect, tmp_path):
-    """The alarms of a run with this policy and judge."""
+def collected(collect, tmp_path):
+    """The metrics of a run with this policy and judge."""
 
     def run(policy, judge, **changes):
         compared = collect(policy, judge, **changes)
         accuracy, _ = measure(judge, tmp_path / "work", MIXED)
-        metrics = feedback_metrics(compared) | accuracy
-        return {w.name for w in watches("ai_feedback") if sound(w, metrics, AlarmConfig()).fired}
+        return feedback_metrics(compared) | accuracy
 
     return run
 
 
-def test_a_healthy_run_is_silent(fired):
-    assert fired(Writer(), Judge(polite)) == set()
+@shows(of="ai_feedback")
+def test_a_healthy_run_is_silent(collected):
+    return collected(Writer(), Judge(polite))
 
 
-def test_answers_that_cannot_be_compared_are_noticed(fired):
-    assert "share_compared" in fired(Writer(ended=False), Judge(polite), keep_truncated=False)
+@shows("share_compared", "judge_reads_the_answers", of="ai_feedback")
+def test_answers_that_cannot_be_compared_are_noticed(collected):
+    return collected(Writer(ended=False), Judge(polite), keep_truncated=False)
 
 
-def test_a_judge_whose_choices_cannot_be_read_is_noticed(fired):
-    unreadable = Judge(lambda first, second: None if "moment" in first + second else polite(first, second))
-    assert "share_compared" in fired(Writer(), unreadable)
+@shows("share_compared", "judge_reads_the_answers", of="ai_feedback")
+def test_a_judge_whose_choices_cannot_be_read_is_noticed(collected):
+    return collected(Writer(), Judge(lambda first, second: None if "moment" in first + second else polite(first, second)))
 
 
-def test_a_judge_that_looks_at_the_position_is_noticed(fired):
+@shows("judge_reads_the_answers", of="ai_feedback")
+def test_a_judge_that_looks_at_the_position_is_noticed(collected):
     def order(first, second):  # of answers to prompts; it agrees with people all the same
         return 0.8 if "moment" in first + second else polite(first, second)
 
-    assert fired(Writer(), Judge(order)) == {"judge_reads_the_answers"}
+    return collected(Writer(), Judge(order))
 
 
-def test_a_judge_that_knows_no_more_than_the_length_is_noticed(fired):
-    def length(first, second):
-        return 0.8 if len(first) < len(second) else 0.2
-
-    assert fired(Writer(), Judge(length)) == {"judge_beats_length"}
+@shows("judge_beats_length", of="ai_feedback")
+def test_a_judge_that_knows_no_more_than_the_length_is_noticed(collected):
+    return collected(Writer(), Judge(lambda first, second: 0.8 if len(first) < len(second) else 0.2))
 
 
-def test_every_alarm_of_ai_feedback_has_a_run_here():
-    text = Path(__file__).read_text(encoding="utf-8")
-    assert all(f'"{w.name}"' in text for w in watches("ai_feedback"))
+def test_every_alarm_of_ai_feedback_fires_in_a_run_here():
+    assert {("ai_feedback", w.name) for w in watches("ai_feedback")} <= SHOWN
 
 
 # --- The judge of revisions -------------------------------------------------------------------------------------------

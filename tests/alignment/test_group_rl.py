@@ -5,14 +5,14 @@ import hashlib
 import pytest
 import torch
 
-from alignment.chat import prompt_ids
+from alignment.chat import conversation_ids, prompt_ids
 from alignment.errors import UserError
 from alignment.methods import METHODS, group_rl
 from alignment.methods.grpo import train_grpo
 from alignment.methods.rloo import train_rloo
 from alignment.models import LoraSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer
 from alignment.reward import score
-from alignment.rewards import RewardWeights, Task, problem_task
+from alignment.rewards import RewardWeights, Task, problem_task, total_rewards
 from alignment.sft import NothingToTrain
 from alignment.training import OptimSettings
 
@@ -31,7 +31,7 @@ def tasks(problems):
 def train(sft_adapter, tiny_model, tasks, float32, tmp_path_factory):
     """Trains in a folder of its own or, to resume, in a given one. Two groups of four answers a step unless told otherwise."""
 
-    def run(name, folder=None, of=None, start=None, log=None, optim=None, **settings):
+    def run(name, folder=None, of=None, start=None, reward_model=None, log=None, optim=None, **settings):
         folder = folder or tmp_path_factory.mktemp(name)
         for sub in ("work", "out"):
             (folder / sub).mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ def train(sft_adapter, tiny_model, tasks, float32, tmp_path_factory):
             optim=OptimSettings(**given | (optim or {})),
         )
         kwargs = {"log": log} if log else {}
-        reward_model = ModelFiles(tiny_model)  # its head is drawn from seed 0: any score will do
+        reward_model = reward_model or ModelFiles(tiny_model)  # its head is drawn from seed 0: any score will do
         trained, metrics = TRAIN[name](
             config, start or sft_adapter, reward_model, of or tasks, work=folder / "work", out=folder / "out", **kwargs
         )
@@ -285,6 +285,27 @@ def test_a_reward_that_does_not_apply_is_left_out(train, tasks, name):
     assert curve(trained, "reward") == pytest.approx(curve(trained, "rewards/reward_model"), abs=1e-5)
     with pytest.raises(UserError, match=r"none of exact_answer applies to the prompt 'Question 3, but chat'"):
         train(name, of=[CHAT])
+
+
+@both
+def test_a_reward_model_reads_texts_with_its_own_tokenizer(train, other_base, tiny_model, float32, monkeypatch, name):
+    steps = []
+
+    def recording(functions, rollouts):
+        totals, values = total_rewards(functions, rollouts)
+        steps.append((rollouts, values["reward_model"]))
+        return totals, values
+
+    monkeypatch.setattr(group_rl, "total_rewards", recording)
+    other = ModelFiles(other_base)
+    train(name, rewards=RewardWeights(reward_model=1.0), reward_model=other, optim={"epochs": 0.1})
+    own = load_tokenizer(other_base)
+    judge = load_reward_model(other, float32, tokenizer=own)
+    ((rollouts, rewards),) = steps
+    finished = [[*r.task.messages, {"role": "assistant", "content": r.completion or " "}] for r in rollouts]
+    assert rewards == pytest.approx(score(judge, own, finished, 1), abs=1e-4)
+    assert max(rewards) - min(rewards) > 1e-3
+    assert conversation_ids(own, finished[0]) != conversation_ids(load_tokenizer(tiny_model), finished[0])
 
 
 @both

@@ -1,6 +1,8 @@
 """Loading: what must never be loaded as it is, and adapters that answer the same merged or beside their base."""
 
+import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from alignment.models import (
     lora_config,
     save_model,
 )
+from alignment.progress import Log
+from resources.model_sources import BaseModelConfig, ModelSourceError, fetch_model, resolve_source
 
 TEXT = "<|im_start|>user\nHow long do eggs boil?<|im_end|>\n<|im_start|>assistant\nSeven minutes."
 
@@ -117,3 +121,69 @@ def test_a_reward_model_does_not_score_texts_of_another_template(damaged, tiny_m
         load_reward_model(ModelFiles(tiny_model, folder), float32, tokenizer=tokenizer)
     own = load_tokenizer(folder)
     assert load_reward_model(ModelFiles(folder), float32, tokenizer=own).config.num_labels == 1
+
+
+# --- Code that comes with a model -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_code(tiny_model, tmp_path, monkeypatch):
+    """The tiny model under an architecture that only its own code knows, and the file that this code writes when it runs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder, trace = tmp_path / "with_code", tmp_path / "trace"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {
+        "model_type": "of_its_own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "own.py").write_text(
+        f"""
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({str(trace)!r}).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "of_its_own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+""",
+        encoding="utf-8",
+    )
+    return folder, trace
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_the_settings_say_so(with_code, tiny_model, tokenizer):
+    folder, trace = with_code
+    with pytest.raises(ValueError, match=r"(?s)custom code.*trust_remote_code"):
+        load_causal_lm(ModelFiles(folder), LoadSettings(dtype="float32"))
+    assert not trace.exists()
+    trusted = load_causal_lm(ModelFiles(folder), LoadSettings(dtype="float32", trust_remote_code=True))
+    assert trace.exists()
+    assert type(trusted).__name__ == "OwnForCausalLM"
+    plain = load_causal_lm(ModelFiles(tiny_model), LoadSettings(dtype="float32"))
+    assert torch.equal(logits(trusted, tokenizer), logits(plain, tokenizer))
+
+
+def test_a_base_model_with_code_is_refused_with_the_setting_that_would_run_it(with_code, tmp_path):
+    folder, trace = with_code
+
+    def fetch(out, **settings):
+        config = BaseModelConfig(source="local", name=str(folder), **settings)
+        return fetch_model(config, resolve_source(config), out, Log())
+
+    with pytest.raises(ModelSourceError, match=r"needs code of its own.*not run.*Remedy: .*base_model\.trust_remote_code"):
+        fetch(tmp_path / "refused")
+    assert not trace.exists()
+    fetched = tmp_path / "fetched"
+    assert fetch(fetched, trust_remote_code=True)["parameters"] > 0
+    assert trace.exists()
+    trusted = load_causal_lm(ModelFiles(fetched), LoadSettings(dtype="float32", trust_remote_code=True))
+    assert type(trusted).__name__ == "OwnForCausalLM"

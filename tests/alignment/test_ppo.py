@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 import alignment.methods.ppo as ppo
-from alignment.chat import prompt_ids
+from alignment.chat import conversation_ids, prompt_ids
 from alignment.errors import UserError
 from alignment.generation import SamplingSettings, generate
 from alignment.likelihood import answer_log_probs
@@ -19,7 +19,7 @@ from alignment.methods.roles import Sequences, make_roles, micro_batches
 from alignment.models import LoadSettings, LoraSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer
 from alignment.records import Conversation, Message, PreferencePair
 from alignment.reward import RewardConfig, score, train_reward_model
-from alignment.rewards import RewardWeights, Task
+from alignment.rewards import RewardWeights, Task, total_rewards
 from alignment.sft import NothingToTrain, SftConfig, train_sft
 from alignment.training import OptimSettings
 
@@ -277,22 +277,40 @@ def test_the_reference_stays_the_sft_checkpoint(train, sft, scorer, float32, mon
     assert (policy - before).abs().max() > 0.1
 
 
-def test_a_reward_model_over_another_base_scores_by_itself(train, sft, tiny_gpt2, float32, tmp_path):
+def test_a_reward_model_over_another_base_reads_texts_with_its_own_tokenizer(
+    train, sft, other_base, float32, tmp_path, monkeypatch
+):
     (tmp_path / "work").mkdir()
     pairs = [PreferencePair(id=q, prompt=q, chosen="3", rejected="0") for q in QUESTIONS]
     optim = OptimSettings(epochs=4, learning_rate=1e-2, batch_size=4, micro_batch_size=4)
     train_reward_model(
         RewardConfig(lora=REWARD_LORA, load=float32, optim=optim),
-        ModelFiles(tiny_gpt2),
+        ModelFiles(other_base),
         pairs,
         pairs,
         work=tmp_path / "work",
         out=tmp_path,
     )
-    other = ModelFiles(tiny_gpt2, tmp_path / "model")
+    other = ModelFiles(other_base, tmp_path / "model")
     weights = RewardWeights(reward_model=1.0)
-    _, metrics, _ = train(steps=2, rewards=weights, reward_model=other, critic_start="sft")
-    assert math.isfinite(metrics["train/scores_last"])
+    steps = []
+
+    def recording(functions, rollouts):
+        totals, values = total_rewards(functions, rollouts)
+        steps.append((rollouts, values["reward_model"]))
+        return totals, values
+
+    monkeypatch.setattr(ppo, "total_rewards", recording)
+    trained, _, _ = train(steps=2, rewards=weights, reward_model=other, critic_start="sft")
+    own = load_tokenizer(other_base)
+    judge = load_reward_model(other, float32, tokenizer=own)
+    assert len(steps) == 2
+    for logged, (rollouts, rewards) in zip(curve(trained, "rewards/reward_model"), steps, strict=True):
+        finished = [[*r.task.messages, {"role": "assistant", "content": r.completion or " "}] for r in rollouts]
+        assert rewards == pytest.approx(score(judge, own, finished, 1), abs=1e-4)
+        assert logged == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
+        assert max(rewards) - min(rewards) > 1e-2
+        assert conversation_ids(own, finished[0]) != conversation_ids(load_tokenizer(sft.base), finished[0])
     with pytest.raises(UserError, match=r"critic_start: the reward model stands on another base.*Remedy"):
         train(steps=2, rewards=weights, reward_model=other, critic_start="reward_model")
 

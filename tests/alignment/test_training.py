@@ -3,9 +3,12 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from alignment.models import ModelFiles, load_causal_lm
 from alignment.progress import quiet
+from alignment.records import Conversation, Message
+from alignment.sft import SftConfig, train_sft
 from alignment.training import OptimSettings, trainer_arguments
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -55,3 +58,47 @@ def test_a_trainer_starts_on_a_machine_with_two_gpus(arguments, tiny_model, floa
     trainer.train()
     assert trainer.state.global_step == 1
     assert trainer.model_wrapped is trainer.model  # not in DataParallel
+
+
+# --- What the optimiser is told ---------------------------------------------------------------------------------------
+
+LEARNING_RATE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_model, float32, tmp_path_factory):
+    """The weights by name before, and after one optimiser step on all of them."""
+
+    def run(**settings):
+        folder = tmp_path_factory.mktemp("one_step")
+        (folder / "work").mkdir()
+        optim = {"scheduler": "constant", "warmup_ratio": 0.0, "batch_size": 2, "micro_batch_size": 2}
+        optim = OptimSettings(**optim | {"learning_rate": LEARNING_RATE} | settings)
+        talks = [
+            Conversation(id=a, messages=(Message(role="user", content="Why?"), Message(role="assistant", content=a)))
+            for a in "ab"
+        ]
+        config = SftConfig(finetuning="full", load=float32, optim=optim)
+        trained, _ = train_sft(config, ModelFiles(tiny_model), talks, [], work=folder / "work", out=folder)
+        assert trained.steps == 1
+        return load_file(tiny_model / "model.safetensors"), load_file(folder / "model" / "model.safetensors")
+
+    return run
+
+
+def test_weight_decay_takes_its_share_of_every_matrix(one_step):
+    # Decoupled (AdamW): the step along the gradient is the same, and the weight shrinks by learning rate x decay.
+    before, plain = one_step(weight_decay=0.0)
+    _, decayed = one_step(weight_decay=5.0)
+    for name, weight in before.items():
+        shrunk = LEARNING_RATE * 5.0 * weight if weight.ndim > 1 else torch.zeros_like(weight)  # norms are left alone
+        torch.testing.assert_close(plain[name] - decayed[name], shrunk, atol=1e-5, rtol=0)
+    assert max((plain[name] - decayed[name]).abs().max() for name in before) > 1e-3
+
+
+def test_gradients_are_clipped_to_their_norm(one_step):
+    # Adam's step is the learning rate, however long the gradient is, unless it is far below Adam's epsilon (1e-8).
+    before, plain = one_step()
+    _, clipped = one_step(max_grad_norm=1e-12)
+    assert max((plain[name] - before[name]).abs().max() for name in before) > 0.9 * LEARNING_RATE
+    assert max((clipped[name] - before[name]).abs().max() for name in before) < 1e-3 * LEARNING_RATE
