@@ -18,8 +18,7 @@ BETTER, BEST = "Talk to him before you do anything.", "Ask the council to have i
 def gone_through(name, answers, rewards):
     """A prompt whose answer was in turn these; one that stands after a round was not revised."""
     rounds = tuple(
-        Round(principle="lawful", critique="c", revision=after, revised=after != before)
-        for before, after in pairwise(answers)
+        Round(principle="lawful", critique="c", revision=after, revised=after != before) for before, after in pairwise(answers)
     )
     initial, final = rewards
     return Revised(
