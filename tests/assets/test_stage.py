@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
-from dagster._core.storage.tags import RESUME_RETRY_TAG
+from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
 
 from alignment.handles import Checkpoint, DataSource, PromptSet, SftReport
 from alignment.models import Config, LoadSettings
@@ -83,7 +83,7 @@ def test_a_forced_run_that_is_re_executed_from_failure_goes_on_where_it_stopped(
 
     def compute(work: Work, log: Any) -> Outcome:
         attempts.append(work.resumed)
-        if len(attempts) == 2:
+        if len(attempts) in (2, 3):
             raise RuntimeError("an accident")
         return Outcome()
 
@@ -98,14 +98,15 @@ def test_a_forced_run_that_is_re_executed_from_failure_goes_on_where_it_stopped(
     assert job.execute_in_process(instance=instance).success
     failed = job.execute_in_process(instance=instance, tags=forced, raise_on_error=False).run_id
 
-    def again(tags: dict[str, str]) -> None:
-        repeated = instance.create_run_for_job(job, parent_run_id=failed, root_run_id=failed, tags=tags)
-        assert execute_run(InMemoryJob(job), repeated, instance).success
+    def again(**tags: str) -> bool:
+        repeated = instance.create_run_for_job(job, parent_run_id=failed, root_run_id=failed, tags=forced | tags)
+        return execute_run(InMemoryJob(job), repeated, instance, raise_on_error=False).success
 
-    again({**forced, RESUME_RETRY_TAG: "true"})
-    assert attempts == [False, False, True]
-    again(forced)  # all of it, which is a re-execution, too
-    assert attempts == [False, False, True, False]
+    assert not again(**{RESUME_RETRY_TAG: "true"})
+    assert again(**{ASSET_RESUME_RETRY_TAG: "true"})
+    assert attempts == [False, False, True, True]
+    assert again()  # all of it, which is a re-execution, too
+    assert attempts == [False, False, True, True, False]
 
 
 def test_a_step_of_the_pool_has_a_gpu_of_its_own_if_it_computes_something(resources, tmp_path, monkeypatch):
