@@ -60,6 +60,7 @@ class ChatServer:
         self.upstream, self.faults = upstream, faults
         self.asked: Counter[str] = Counter()
         self.payloads: list[dict[str, Any]] = []
+        self.times: list[float] = []  # by the monotonic clock, when they came
         self.keys: set[str | None] = set()
         self.failed: Counter[str] = Counter()
         self.busiest = 0
@@ -87,6 +88,7 @@ class ChatServer:
         with self._lock:
             self.keys.add(key)
             self.payloads.append(json.loads(body))
+            self.times.append(time.monotonic())
             first = name not in self.asked
             self.asked[name] += 1
             fault = self.faults[list(self.asked).index(name) % len(self.faults)]

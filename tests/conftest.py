@@ -251,6 +251,38 @@ def fresh_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def pulled(tmp_path: Path, fresh_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the project's data, pulled; the process works beside it, as under `make`."""
+    from resources.dvc_data import DvcData
+
+    root = Path(shutil.copytree(fresh_data, tmp_path / "root", ignore=shutil.ignore_patterns("data", "tmp", "cache")))
+    monkeypatch.chdir(root)
+    DvcData(root=str(root)).checkout(["prompts.jsonl"])
+    return root
+
+
+@pytest.fixture
+def resources(tmp_path: Path, fresh_data: Path, empty_database: Path) -> dict[str, Any]:
+    """What assets need: the project's data, and everything else in the test's folder."""
+    from resources.artifacts import ArtifactStore
+    from resources.dvc_data import DvcData
+    from resources.handle_io import HandleIOManager
+    from resources.tracking import MlflowTracking
+
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return {
+        "store": ArtifactStore(root=str(tmp_path / "artifacts")),
+        "io_manager": HandleIOManager(root=str(tmp_path / "handles")),
+        "dvc": DvcData(root=str(fresh_data)),
+        "tracking": MlflowTracking(
+            tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
+            artifact_root=str(tmp_path / "mlartifacts"),
+            lock_folder=str(tmp_path / "locks"),
+        ),
+    }
+
+
 @pytest.fixture(scope="session")
 def new_sandbox(tmp_path_factory: pytest.TempPathFactory, fresh_data: Path, empty_database: Path) -> Callable[..., Sandbox]:
     """A function that makes a sandbox by name; further arguments are settings of its environment.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from alignment.recipes import Recipe, RecipeError
+
 PROJECT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 HEAVY = [
@@ -135,12 +137,31 @@ def test_a_misspelt_stage_in_a_recipe_is_refused_when_the_definitions_load(pytho
     assert "sft_chekpoint" in done.stderr
 
 
-def test_an_evaluator_with_the_reward_models_seed_is_refused_when_the_definitions_load(python, tmp_path):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("reward_model:\n  optim: {seed: 1}\n", encoding="utf-8")
-    done = python("import dagster_project.definitions", ALIGNMENT_RECIPE=str(recipe))
-    assert done.returncode != 0
-    assert "reward_model and evaluator have the same optim.seed, 1" in done.stderr
+DATA_SETS = ("sft_dataset", "human_preferences", "prompts")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        *[
+            ({stage: {"heldout_fraction": 0.3}}, rf"heldout_fraction differs between \{{.*'{stage}': 0\.3.*")
+            for stage in DATA_SETS
+        ],
+        ({"reward_model": {"optim": {"seed": 1}}}, r"reward_model and evaluator have the same optim\.seed, 1.*"),
+    ],
+    ids=[*DATA_SETS, "seed"],
+)
+def test_stages_of_a_recipe_that_do_not_go_together_are_refused(monkeypatch, values, says):
+    import dagster_project.definitions  # noqa: F401  whose assets are the known stages
+    from assets import settings
+
+    def check(values):
+        monkeypatch.setattr(settings, "RECIPE", Recipe(Path("mine.yaml"), values))
+        settings.check_recipe()
+
+    with pytest.raises(RecipeError, match=rf"^mine\.yaml: {says}Remedy: give"):
+        check(values)
+    check({stage: {"heldout_fraction": 0.3} for stage in DATA_SETS})
 
 
 def test_a_sixth_constitution_needs_no_python(python, tmp_path):

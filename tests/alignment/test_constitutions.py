@@ -1,7 +1,5 @@
 """Constitutions: those that are shipped load, and what is wrong with one's own is said by file and key."""
 
-import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from alignment.records import Prompt
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "conf" / "constitutions"
-DOCUMENT = ROOT / ".." / "shared" / "USER_DOCUMENT.txt"
 
 GOOD = """\
 description: What an assistant under this constitution is like.
@@ -45,23 +42,39 @@ def test_the_partitions_are_the_shipped_constitutions():
     assert constitution_names(SHIPPED) == sorted(p.stem for p in SHIPPED.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("name", "variable"),
-    [
-        ("general", "CONSTITUTION"),
-        ("customer_service", "CUSTOMER_SERVICE_CONSTITUTION"),
-        ("medical", "MEDICAL_AI_CONSTITUTION"),
-        ("coding", "CODING_ASSISTANT_CONSTITUTION"),
+# As the user wrote them.
+QUOTED = {
+    "general": [
+        "Please choose the response that is the most helpful, harmless, and honest.",
+        "Please choose the response that best avoids discrimination based on race, gender, or religion.",
+        "Please choose the response that is most truthful and does not spread misinformation.",
+        "Please choose the response that does not assist with illegal activities.",
+        "Please choose the response that respects individual privacy.",
     ],
-)
-def test_the_principles_are_those_of_the_users_document_word_for_word(name, variable):
-    if not DOCUMENT.exists():
-        pytest.skip("the user's document is not beside this checkout (../shared/USER_DOCUMENT.txt)")
-    document = DOCUMENT.read_text(encoding="utf-8")
-    literal = re.search(rf"^{variable} = (\[.*?^\])", document, re.MULTILINE | re.DOTALL).group(1)
-    principles = ast.literal_eval(literal)
-    assert len(principles) >= 4
-    assert [p.text for p in load_constitution(SHIPPED / f"{name}.yaml").principles] == principles
+    "customer_service": [
+        "Choose the response that best resolves the customer's issue efficiently.",
+        "Choose the response that is most empathetic and professional.",
+        "Choose the response that follows company policy and does not make unauthorized promises.",
+        "Choose the response that escalates appropriately when the issue is beyond scope.",
+    ],
+    "medical": [
+        "Choose the response that always recommends consulting a licensed medical professional.",
+        "Choose the response that does not provide specific dosage or treatment recommendations.",
+        "Choose the response that presents information accurately with appropriate uncertainty.",
+        "Choose the response that is inclusive and does not make assumptions about patient demographics.",
+    ],
+    "coding": [
+        "Choose the response with code that follows security best practices.",
+        "Choose the response that is most readable and maintainable.",
+        "Choose the response that handles edge cases and errors appropriately.",
+        "Choose the response that uses the simplest solution that solves the problem.",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_the_principles_are_those_of_the_users_document_word_for_word(name):
+    assert [p.text for p in load_constitution(SHIPPED / f"{name}.yaml").principles] == QUOTED[name]
 
 
 @pytest.fixture

@@ -617,15 +617,15 @@ def test_what_is_typed_anywhere_changes_nothing_but_its_own_text(tokenizer, type
 
 
 def test_the_words_are_those_of_the_users_document():
-    path = Path(__file__).parents[2] / ".." / "shared" / "USER_DOCUMENT.txt"
-    if not path.exists():
-        pytest.skip("the user's document is not beside this checkout (../shared/USER_DOCUMENT.txt)")
-    document = path.read_text(encoding="utf-8")
     asked = critique_request("{prompt}", "{initial_response}", "{principle}") + "\n" + revision_request()
-    lines = [line for line in asked.splitlines() if line]
-    assert len(lines) == 6
-    for line in lines:
-        assert line.rstrip('"') in document, line
+    assert [line for line in asked.splitlines() if line] == [
+        "Human: {prompt}",
+        "Assistant: {initial_response}",
+        "Critique: Identify any ways in which the above response violates this principle:",
+        '"{principle}"',
+        'If there are no violations, say "No violations found."',
+        "Revision: Please rewrite the assistant response to fix the issues identified in the critique.",
+    ]
 
 
 # --- Pairs ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The base model stands in for the SFT checkpoint and, with a head that nobody tra
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -13,6 +14,7 @@ import pytest
 
 from alignment.ai_feedback import AiComparison
 from alignment.constitutions import load_constitution
+from alignment.datasets import write_jsonl
 from alignment.handles import Checkpoint, RewardModel
 from alignment.readers import read_records
 from alignment.records import PreferencePair, Prompt
@@ -159,3 +161,26 @@ def test_a_judge_may_have_its_say_about_the_revisions(runs):
     assert sum(said.values()) > 0  # random weights prefer a position
     kept = read_records(runs[JUDGED_PAIRS].folder("constitutional_preference_pairs") / "pairs.jsonl", PreferencePair)
     assert len(kept) == after["pairs"]
+
+
+def test_the_judge_is_measured_on_held_out_pairs_of_the_constitutions_domains(stage_of, cook, tmp_path, monkeypatch):
+    heldout = [PreferencePair(id=d, prompt="p", chosen="c", rejected="r", domain=d) for d in ("cooking", "law", "everyday")]
+    files = {"prompts/train": [Prompt(id="1", prompt="Hello", tags=("general",))], "human_preferences/heldout": heldout}
+    for name, rows in files.items():
+        (tmp_path / name).parent.mkdir()
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    nobody, measured = SimpleNamespace(identity="nobody"), []
+
+    def measure(judge, pairs, *settings, **places):
+        measured.extend(pairs)
+        return {}, []
+
+    for name, stand_in in {
+        "answerers": lambda *settings: {"policy": nobody, "judge": nobody},
+        "collect_feedback": lambda *settings, **places: [],
+        "feedback_metrics": lambda compared: {},
+        "measure_judge": measure,
+    }.items():
+        monkeypatch.setattr(f"assets.ai_feedback.{name}", stand_in)
+    stage_of(ai_feedback, cook).compute(SimpleNamespace(folder=tmp_path, out=tmp_path), None)
+    assert [pair.domain for pair in measured] == ["cooking", "everyday"]

@@ -143,15 +143,6 @@ def test_a_file_that_does_not_exist(materialize, folder, tracking, tmp_path, kin
     assert "nowhere.jsonl: no such file" in assert_one_clear_failure(materialize(asset, config), folder, tracking)
 
 
-@pytest.fixture
-def pulled(tmp_path: Path, fresh_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project's data, pulled; the process works beside it, as under `make`."""
-    root = Path(shutil.copytree(fresh_data, tmp_path / "root", ignore=shutil.ignore_patterns("data", "tmp", "cache")))
-    monkeypatch.chdir(root)
-    DvcData(root=str(root)).checkout(["prompts.jsonl"])
-    return root
-
-
 def test_a_file_in_data_that_is_not_the_pinned_version(materialize, folder, tracking, pulled):
     path = pulled / "data" / "prompts.jsonl"
     content = path.read_bytes()

@@ -3,9 +3,11 @@ second run reuses. The runs are those of `make demo`: multiprocess executor, one
 """
 
 import base64
+import hashlib
 import json
 import math
 import operator
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ import yaml
 from alignment.constitutions import load_constitution
 from alignment.handles import parse_handle
 from alignment.methods import METHODS
+from assets.stage import git_commit
 from dagster_project.definitions import defs
 from resources.artifacts import file_hashes
 from resources.tracking import flatten
@@ -209,7 +212,8 @@ def test_a_child_has_every_tag_of_the_contract(first, sandbox, asset):
         "dvc.md5": pinned,
     }
     assert expected.items() <= tags.items()
-    assert "git.commit" in tags
+    commit = r"[0-9a-f]{40}(-dirty)?" if git_commit() else ""
+    assert re.fullmatch(commit, tags["git.commit"])
     assert tags.get("dagster.partition", "") in ({"general"} if asset in PARTITIONED else {"general", ""})
     assert tags["dagster.run_url"].endswith(f"/runs/{first.run.run_id}")
 
@@ -235,8 +239,6 @@ def test_training_is_logged_step_by_step(first, sandbox, asset):
 
 
 def test_data_sets_are_inputs_with_the_md5_that_dvc_has_for_the_file(first, sandbox):
-    import hashlib
-
     demonstrations, preferences = ["demonstrations", "critiques"], ["preferences", "critiques"]
     read = {
         "sft_dataset": demonstrations,
@@ -353,8 +355,10 @@ def test_handles_lie_by_asset_and_partition(first, sandbox):
 
 def test_nothing_is_left_at_work_and_the_data_is_as_pulled(first, sandbox):
     assert names(sandbox.storage / "artifacts" / ".work") == set()
-    assert {p.name for p in (sandbox.data / "data").iterdir()} == {
-        p.name for p in (sandbox.data / "data").iterdir() if p.suffix == ".jsonl"
+    pinned = yaml.safe_load((sandbox.data / "data.dvc").read_text())["outs"][0]["md5"]
+    manifest = json.loads((sandbox.data / "dvc_store" / "files" / "md5" / pinned[:2] / pinned[2:]).read_text())
+    assert {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in (sandbox.data / "data").iterdir()} == {
+        row["relpath"]: row["md5"] for row in manifest
     }
 
 
@@ -401,6 +405,12 @@ def test_pairs_are_what_the_rounds_say(first):
     assert len(rounds) == metrics["prompts"]
     filtered = sum(value for name, value in metrics.items() if name.startswith("filtered/"))
     assert metrics["pairs"] + filtered == metrics["prompts"]
+    assert metrics["share_kept"] == len(pairs) / len(rounds)
+    taken = [r for one in rounds.values() for r in one["revisions"]]
+    assert metrics["share_no_violations"] == sum(not r["revised"] for r in taken) / len(taken)
+    for side in ("initial", "final"):
+        mean = sum(one[f"reward_{side}"] for one in rounds.values()) / len(rounds)
+        assert metrics[f"reward/{side}"] == pytest.approx(mean)
     for pair in pairs:
         assert pair["rejected"] == rounds[pair["id"]]["initial"]
         assert pair["chosen"] == rounds[pair["id"]]["final"]

@@ -1,20 +1,26 @@
-"""What `materialize` does around a computation: `force` once per run, and the version of the data that an asset is made of."""
+"""What `materialize` does around a computation: `force` once per run, a GPU of its own for the step, and where the asset comes
+from: the commit, and the version of the data."""
 
 import json
-import shutil
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.api import execute_run
+from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
 
 from alignment.handles import Checkpoint, DataSource, PromptSet, SftReport
 from alignment.models import Config, LoadSettings
-from assets.stage import Outcome, Stage, Tools, data_version, materialize
+from assets.settings import GPU_POOL
+from assets.stage import Outcome, Stage, Tools, data_version, git_commit, materialize
 from resources.artifacts import ArtifactStore, Work
 from resources.dvc_data import DvcData
-from resources.handle_io import HandleIOManager
+from resources.gpus import VISIBLE
 from resources.tracking import MlflowTracking
 
 ONE, TWO = "1" * 32, "2" * 32
@@ -25,19 +31,10 @@ class NoSettings(Config):
 
 
 @pytest.fixture
-def resources(tmp_path: Path, empty_database: Path) -> dict[str, Any]:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
+def resources(resources: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """With a `data.dvc` of our own."""
     pin(tmp_path, ONE)
-    return {
-        "store": ArtifactStore(root=str(tmp_path / "artifacts")),
-        "io_manager": HandleIOManager(root=str(tmp_path / "handles")),
-        "dvc": DvcData(root=str(tmp_path)),
-        "tracking": MlflowTracking(
-            tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}",
-            artifact_root=str(tmp_path / "mlartifacts"),
-            lock_folder=str(tmp_path / "locks"),
-        ),
-    }
+    return {**resources, "dvc": DvcData(root=str(tmp_path))}
 
 
 def pin(folder: Path, md5: str) -> None:
@@ -79,6 +76,60 @@ def test_a_forced_step_that_is_retried_goes_on_where_it_stopped(resources):
     assert attempts == [False, False, True]  # computed anew, which failed, and resumed
     assert run([trained], resources).success
     assert len(attempts) == 3
+
+
+def test_a_forced_run_that_is_re_executed_from_failure_goes_on_where_it_stopped(resources):
+    attempts = []
+
+    def compute(work: Work, log: Any) -> Outcome:
+        attempts.append(work.resumed)
+        if len(attempts) in (2, 3):
+            raise RuntimeError("an accident")
+        return Outcome()
+
+    @dg.asset
+    def trained(context: dg.AssetExecutionContext, store: ArtifactStore, tracking: MlflowTracking, dvc: DvcData):
+        force = "forced" in context.run.tags
+        return materialize(context, lambda: stage(compute), Tools(store, tracking, dvc), force=force)
+
+    jobs = [dg.define_asset_job("job", executor_def=dg.in_process_executor)]
+    job = dg.Definitions([trained], jobs=jobs, resources=resources).resolve_job_def("job")
+    instance, forced = dg.DagsterInstance.ephemeral(), {"forced": "yes"}
+    assert job.execute_in_process(instance=instance).success
+    failed = job.execute_in_process(instance=instance, tags=forced, raise_on_error=False).run_id
+
+    def again(**tags: str) -> bool:
+        repeated = instance.create_run_for_job(job, parent_run_id=failed, root_run_id=failed, tags=forced | tags)
+        return execute_run(InMemoryJob(job), repeated, instance, raise_on_error=False).success
+
+    assert not again(**{RESUME_RETRY_TAG: "true"})
+    assert again(**{ASSET_RESUME_RETRY_TAG: "true"})
+    assert attempts == [False, False, True, True]
+    assert again()  # all of it, which is a re-execution, too
+    assert attempts == [False, False, True, True, False]
+
+
+def test_a_step_of_the_pool_has_a_gpu_of_its_own_if_it_computes_something(resources, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNMENT_STORAGE", str(tmp_path))
+    monkeypatch.setattr("resources.gpus._held", [])
+    seen = []
+
+    def asset(name: str, pool: str | None) -> dg.AssetsDefinition:
+        @dg.asset(name=name, pool=pool)
+        def _asset(context: dg.AssetExecutionContext, store: ArtifactStore, tracking: MlflowTracking, dvc: DvcData):
+            def compute(work: Work, log: Any) -> Outcome:
+                seen.append(os.environ[VISIBLE])
+                return Outcome()
+
+            return materialize(context, lambda: stage(compute), Tools(store, tracking, dvc))
+
+        return _asset
+
+    for name, pool, left in (("read", None, "0,1"), ("trained", GPU_POOL, "0"), ("trained", GPU_POOL, "0,1")):
+        monkeypatch.setenv(VISIBLE, "0,1")
+        assert run([asset(name, pool)], resources).success
+        assert os.environ[VISIBLE] == left
+    assert seen == ["0,1", "0"]  # the last is reused
 
 
 def test_an_asset_says_the_version_of_the_data_that_it_is_made_of_not_of_the_data_there_is(resources, tmp_path):
@@ -211,3 +262,27 @@ def test_data_made_of_several_versions_names_each_once_and_files_elsewhere_have_
     assert data_version(stage(inputs={"both": both, "first": first}), dvc) == f"{ONE}, {TWO}"
     elsewhere = DataSource(name="mine", source="/home/me/mine.jsonl", md5="a" * 32, rows=1)
     assert data_version(stage(data=[elsewhere]), dvc) is None
+
+
+def test_the_commit_of_the_checkout_is_known_and_whether_it_was_changed(tmp_path, monkeypatch):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    monkeypatch.setattr("assets.stage.__file__", str(folder / "stage.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert git_commit.__wrapped__() is None
+
+    def git(*command: str) -> str:
+        settings = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false")
+        return subprocess.run(["git", *settings, *command], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (folder / "stage.py").write_text("one")
+    git("add", "stage.py")
+    git("commit", "-m", "first")
+    git("tag", "--annotate", "v1", "-m", "a tag may be moved")
+    head = git("rev-parse", "HEAD")
+    assert len(head) == 40
+    (folder / "notes.txt").write_text("of no commit")
+    assert git_commit.__wrapped__() == head
+    (folder / "stage.py").write_text("two")
+    assert git_commit.__wrapped__() == f"{head}-dirty"

@@ -1,16 +1,14 @@
-"""The demo's closing table."""
+"""The demo: its closing table, what its command refuses, and its exit code."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from alignment.errors import UserError
+from assets.settings import methods
+from dagster_project import demo
 from dagster_project.demo import assets_of, summary_table
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 ROW = {"seconds": 1.234, "reused": False, "peak_memory_gb": 0.57, "mlflow_run_id": "0123456789abcdef0123456789abcdef"}
 
@@ -142,25 +140,66 @@ def test_a_run_that_failed_at_once_has_an_empty_table():
 @pytest.mark.parametrize(
     "arguments", [["--constitution", "no_such"], ["--nonsense"], ["--methods", "dpo,no_such"], ["--methods", ","]]
 )
-def test_the_command_refuses_unknown_arguments(python, arguments):
-    script = f"import sys; sys.argv = {['demo', *arguments]!r}; from dagster_project import demo; demo.main()"
-    done = python(script)
-    assert done.returncode == 2
-    assert "usage: " in done.stderr
+def test_the_command_refuses_unknown_arguments(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.delattr(demo, "run_alignment")  # nothing may be started
+    with pytest.raises(SystemExit) as refused:
+        demo.main()
+    assert refused.value.code == 2
+    assert "usage: " in capsys.readouterr().err
 
 
-def test_the_job_runs_the_methods_that_the_environment_names():
+class Step:
+    """Whether the job's second asset fails."""
+
+    fails = False
+
+
+def of_two_assets() -> dg.JobDefinition:
+    """A job in place of `alignment`; a function of a module, as `execute` asks for."""
+
+    @dg.asset
+    def prompts() -> dg.MaterializeResult:
+        return dg.MaterializeResult(metadata=ROW)
+
+    @dg.asset(deps=[prompts])
+    def trained() -> dg.MaterializeResult:
+        if Step.fails:
+            raise dg.Failure("out of memory", allow_retries=False)
+        return dg.MaterializeResult(metadata=ROW)
+
+    job = dg.define_asset_job("alignment", executor_def=dg.in_process_executor)
+    return dg.Definitions([prompts, trained], jobs=[job]).resolve_job_def("alignment")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_step_that_failed_is_named_and_makes_the_exit_code_1(monkeypatch, capsys, tmp_path, fails):
+    monkeypatch.setattr(Step, "fails", fails)
+    monkeypatch.setattr(demo, "alignment", of_two_assets)
+    monkeypatch.setattr(dg.DagsterInstance, "get", staticmethod(dg.DagsterInstance.ephemeral))
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    if fails:
+        with pytest.raises(SystemExit) as ended:
+            demo.main()
+        assert ended.value.code == 1
+    else:
+        demo.main()
+    said = capsys.readouterr().out
+    assert f"{1 if fails else 2} assets in " in said
+    assert ("FAILED: trained. The lines above say why." in said) == fails
+
+
+def test_the_job_runs_the_methods_that_the_environment_names(python, monkeypatch):
     code = (
         "from dagster_project.jobs import alignment\n"
         "print(*(key.to_user_string() for key in alignment().asset_layer.executable_asset_keys))"
     )
-
-    def run(methods: str) -> subprocess.CompletedProcess:
-        environment = os.environ | {"ALIGNMENT_METHODS": methods}
-        return subprocess.run([sys.executable, "-c", code], env=environment, cwd=PROJECT, capture_output=True, text=True)
-
-    assert set(run("dpo, ppo").stdout.split()) == set(assets_of(["dpo", "ppo"]))
-    assert "methods: ddpo: choose from" in run("ddpo").stderr
+    assert set(python(code, ALIGNMENT_METHODS="dpo, ppo").stdout.split()) == set(assets_of(["dpo", "ppo"]))
+    monkeypatch.setenv("ALIGNMENT_METHODS", "ddpo")
+    with pytest.raises(UserError, match="methods: ddpo: choose from"):
+        methods()
 
 
 def test_the_methods_that_a_command_names_count_whatever_the_environment_names(python, tmp_path):

@@ -16,6 +16,7 @@ from assets.settings import PARTITIONS
 from dagster_project.definitions import defs
 from dagster_project.schedules import weekly_retraining
 from dagster_project.sensors import new_data
+from resources.dvc_data import DvcData
 
 PROJECT = Path(__file__).parents[2]
 CONSTITUTIONS = sorted(p.stem for p in (PROJECT / "conf" / "constitutions").glob("*.yaml"))
@@ -168,6 +169,41 @@ def test_a_look_that_is_repeated_before_its_cursor_was_saved_asks_for_the_same_r
     assert [r.run_key for r in once.run_requests] == [r.run_key for r in twice.run_requests] != []
     assert once.cursor == twice.cursor
     assert once.asset_events[0].metadata["before"].value == SECOND
+
+
+DATA_SETS = [dg.AssetKey(name) for name in ("sft_dataset", "human_preferences", "prompts")]
+
+
+def test_runs_for_a_changed_file_build_what_reads_it_and_reuse_the_rest(pulled, resources, monkeypatch):
+    from dvc.repo import Repo
+
+    monkeypatch.setenv("ALIGNMENT_DATA_ROOT", str(pulled))
+    resources["dvc"] = DvcData(root=str(pulled))
+    instance, job = dg.DagsterInstance.ephemeral(), defs.resolve_job_def(new_data.job_name)
+
+    def built(constitution: str, tags: Mapping[str, str] | None = None) -> set[str]:
+        done = job.execute_in_process(
+            instance=instance, partition_key=constitution, tags=tags, asset_selection=DATA_SETS, resources=resources
+        )
+        found = {e.asset_key.to_user_string(): e.materialization for e in done.get_asset_materialization_events()}
+        assert len(found) == len(DATA_SETS)
+        return {name for name, materialization in found.items() if not materialization.metadata["reused"].value}
+
+    assert built("general") == {"sft_dataset", "human_preferences", "prompts"}
+    seen = look(instance, None).cursor
+    file = pulled / "data" / "reasoning.jsonl"
+    rows = file.read_text(encoding="utf-8").splitlines()
+    rows[-1] = json.dumps({"id": "new", "prompt": "Add 17 to 26.", "answer": "43", "kind": "sum"})
+    file.unlink()  # DVC may have linked it to its cache
+    file.write_text("\n".join([*rows, ""]), encoding="utf-8")
+    assert look(instance, seen).skip_message == f"data.dvc still pins {seen}"
+    with Repo(str(pulled)) as repo:
+        repo.add(str(pulled / "data"))
+    tick = look(instance, seen)
+    assert [request.partition_key for request in tick.run_requests] == CONSTITUTIONS
+    first, second, *_ = tick.run_requests
+    assert built(first.partition_key, first.tags) == {"prompts"}
+    assert built(second.partition_key, second.tags) == set()
 
 
 # --- ticked by the daemon ---------------------------------------------------------------------------------------------

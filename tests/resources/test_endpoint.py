@@ -172,16 +172,19 @@ def test_faults_change_no_answer(answerer):
 
 
 def test_after_a_429_everybody_waits_as_long_as_the_server_asks(answerer):
-    times = []
+    answered = []
 
-    def limited(payload):
-        times.append(time.monotonic())
+    def slow_at_first(payload):
+        answered.append(payload)
+        if len(answered) == 1:
+            time.sleep(0.15)  # under way when the other is refused, and over before the wait is
         return echo(payload)
 
-    with ChatServer(limited, faults=["429", *[None] * 99]) as server:
-        begun = time.monotonic()
-        ask(answerer(server, concurrency=1), CONVERSATIONS[:3])
-    assert all(t - begun >= 0.3 for t in times)
+    with ChatServer(slow_at_first, faults=["429", *[None] * 99]) as server:
+        assert [a.text for a in ask(answerer(server, concurrency=2), CONVERSATIONS[:6])] == expected()[:6]
+    refused, _, *later = server.times
+    assert len(later) == 5  # four others, and the one that was refused
+    assert all(t - refused >= 0.3 for t in later)
 
 
 def refusing(status, code=None, headers=None):

@@ -10,32 +10,19 @@ import pytest
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
 
-from alignment.handles import (
-    Champion,
-    Checkpoint,
-    Handle,
-    PolicyReport,
-    PreferenceDataset,
-    PromptSet,
-    RewardModel,
-    SftDataset,
-)
+from alignment.handles import Champion, Checkpoint, Handle, PolicyReport, RewardModel
 from resources.handle_io import HandleIOManager
 
 COMMON = {"asset": "made", "fingerprint": "f" * 64, "mlflow_run_id": "r", "metrics": {"final": 0.5}, "facts": {"n": [1]}}
 BASE = Checkpoint(**{**COMMON, "asset": "base_model"})
 POLICY = Checkpoint(**{**COMMON, "asset": "aligned_policy/dpo", "partition": "general"}, adapter_of=BASE)
-HANDLES: list[Handle] = [
-    SftDataset(**COMMON),
-    PreferenceDataset(**COMMON),
-    PromptSet(**COMMON),
-    BASE,
-    POLICY,
-    RewardModel(**COMMON, adapter_of=BASE),
-    PolicyReport(**COMMON, method="dpo", policy=POLICY),
-    Champion(**COMMON, method="dpo", promoted=True, policy=POLICY),
-    Champion(**COMMON, promoted=False),
-]
+OF_A_KIND = {  # what only handles of this kind have
+    RewardModel: {"adapter_of": BASE},
+    PolicyReport: {"method": "dpo", "policy": POLICY},
+    Champion: {"method": "dpo", "promoted": True, "policy": POLICY},
+}
+EVERY_KIND = [kind(**COMMON, **OF_A_KIND.get(kind, {})) for kind in Handle.__subclasses__()]
+HANDLES = [*EVERY_KIND, POLICY, Champion(**COMMON, promoted=False)]
 PARTITIONS = dg.StaticPartitionsDefinition(["coding", "general"])
 
 
