@@ -359,31 +359,46 @@ def test_dpo_starts_at_its_reference_and_learns_the_pairs(dpo, sft, float32):
     assert gain[1] > gain[0] + 2
 
 
-@pytest.mark.parametrize("from_reward", [True, False])
-def test_ppo_starts_at_its_reference_and_trains_and_resumes(base, sft, stage, float32, recording_steps, from_reward):
-    reward = RewardConfig(lora=ALL, load=float32, optim=optim(epochs=2), max_length=POSITIONS)
-    _, _, scorer = stage(train_reward_model, reward, ModelFiles(base[1]), PAIRS, [])
+@pytest.fixture(scope="session")
+def scorer(base, stage, float32):
+    """A reward model over the base, and its metrics on pairs that it was trained on."""
+    config = RewardConfig(lora=ALL, load=float32, optim=optim(epochs=6), max_length=POSITIONS)
+    _, metrics, folder = stage(train_reward_model, config, ModelFiles(base[1]), PAIRS, PAIRS[:8])
+    return metrics, ModelFiles(base[1], folder)
+
+
+@pytest.fixture(scope="session", params=["reward_model", "sft"])
+def ppo(request, sft, scorer, stage, float32):
+    """What PPO is called with, for each start of the critic, and what comes of it undisturbed."""
     config = PpoConfig(
         load=float32,
         steps=3,
         batch_size=8,
         learning_rate=1e-3,
         critic_learning_rate=1e-3,
-        critic_start="reward_model" if from_reward else "sft",
+        critic_start=request.param,
         sampling=SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=8),
         save_every=1,
     )
-    tasks = [Task((c.messages[0].model_dump(),)) for c in CONVERSATIONS]
-    arguments = (config, sft[1], ModelFiles(base[1], scorer), tasks)
-    calm, metrics, folder = stage(train_ppo, *arguments)
+    arguments = (config, sft[1], scorer[1], [Task((c.messages[0].model_dump(),)) for c in CONVERSATIONS])
+    return arguments, *stage(train_ppo, *arguments)
+
+
+def test_ppo_starts_at_its_reference_and_trains(ppo):
+    _, trained, metrics, _ = ppo
     assert metrics["train/ratio_first"] == pytest.approx(1, abs=1e-5)
-    assert calm.curves["objective/kl"][0][1] == pytest.approx(0, abs=1e-5)
-    assert calm.curves["objective/kl"][-1][1] != 0
-    disturbed = folder.parents[1].with_name(f"{folder.parents[1].name}_disturbed")
-    disturbed.mkdir()
+    assert trained.curves["objective/kl"][0][1] == pytest.approx(0, abs=1e-5)
+    assert trained.curves["objective/kl"][-1][1] != 0
+
+
+# Bases with added tokens, in matrices that are tied and that are not, each with another start of the critic; kills of PPO over a
+# base without them are in `test_ppo.py`.
+@pytest.mark.parametrize(("base", "ppo"), [("gpt2-chatml", "reward_model"), ("llama-chatml", "sft")], indirect=True)
+def test_a_killed_ppo_ends_like_one_that_was_not(ppo, stage, recording_steps, tmp_path):
+    arguments, calm, _, _ = ppo
     with pytest.raises(Killed):
-        stage(train_ppo, *arguments, folder=disturbed, log=recording_steps)
-    resumed, _, _ = stage(train_ppo, *arguments, folder=disturbed)
+        stage(train_ppo, *arguments, folder=tmp_path, log=recording_steps)
+    resumed, _, _ = stage(train_ppo, *arguments, folder=tmp_path)
     for name in ("objective/scores", "objective/kl", "loss/value"):
         for (_, ours), (_, theirs) in zip(resumed.curves[name], calm.curves[name], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
@@ -420,12 +435,11 @@ def test_the_policy_loads_without_this_library(dpo, sft, float32):
     assert (tokenizer.eos_token_id in reply) == expected.ended
 
 
-def test_a_reward_model_over_the_base_learns_and_loads(base, stage, float32):
-    config = RewardConfig(lora=ALL, load=float32, optim=optim(epochs=6), max_length=POSITIONS)
-    _, metrics, folder = stage(train_reward_model, config, ModelFiles(base[1]), PAIRS, PAIRS[:8])
+def test_a_reward_model_over_the_base_learns_and_loads(scorer, float32):
+    metrics, files = scorer
     assert metrics["heldout/accuracy"] == 1.0
-    tokenizer = load_tokenizer(base[1])
-    model = load_reward_model(ModelFiles(base[1], folder), float32, tokenizer=tokenizer, seed=9)
+    tokenizer = load_tokenizer(files.base)
+    model = load_reward_model(files, float32, tokenizer=tokenizer, seed=9)
     texts = [[*p.prompt_messages, {"role": "assistant", "content": a}] for p in PAIRS[:8] for a in (p.chosen, p.rejected)]
     scores = score(model, tokenizer, texts, 16)
     assert sum(c - r for c, r in zip(scores[::2], scores[1::2], strict=True)) / 8 == pytest.approx(
@@ -434,18 +448,17 @@ def test_a_reward_model_over_the_base_learns_and_loads(base, stage, float32):
     assert score(model, tokenizer, texts, 3) == pytest.approx(scores, abs=1e-4)  # padding is not read
 
 
-def test_the_adapters_of_a_reward_model_and_of_a_policy_share_one_base(base, sft, stage, float32):
+def test_the_adapters_of_a_reward_model_and_of_a_policy_share_one_base(scorer, sft, float32):
     """As in PPO; peft wants rows of the same matrices in both, and the reward model's has none for the vocabulary head."""
     from peft import LoraConfig, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    config = RewardConfig(lora=ALL, load=float32, optim=optim(epochs=2), max_length=POSITIONS)
-    _, _, folder = stage(train_reward_model, config, ModelFiles(base[1]), PAIRS, [])
-    tokenizer = load_tokenizer(base[1])
-    alone = load_reward_model(ModelFiles(base[1], folder), float32, tokenizer=tokenizer)
+    _, files = scorer
+    tokenizer = load_tokenizer(files.base)
+    alone = load_reward_model(files, float32, tokenizer=tokenizer)
     shared = load_causal_lm(sft[1], float32, trainable=True)
     before = log_probs(shared, tokenizer, "chosen")
-    config, weights = LoraConfig.from_pretrained(folder), load_peft_weights(folder, device="cpu")
+    config, weights = LoraConfig.from_pretrained(files.adapter), load_peft_weights(files.adapter, device="cpu")
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     weights = {name: value for name, value in weights.items() if "score" not in name}
     rows_for_another_adapter(shared, config, weights)
@@ -461,27 +474,26 @@ def test_the_adapters_of_a_reward_model_and_of_a_policy_share_one_base(base, sft
     assert torch.allclose(log_probs(shared, tokenizer, "chosen"), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("stop", [3, 5])
-def test_a_killed_training_ends_like_one_that_was_not(
-    bare, stage, float32, recording_log, interrupted, largest_difference, tmp_path, stop
-):
-    folder, _ = resolve(bare["gpt2"], tmp_path / "base", chat_template="chatml")
-    config = sft_config(float32, epochs=2)
-    _, _, calm = stage(train_sft, config, ModelFiles(folder), CONVERSATIONS, [])
-    disturbed = tmp_path / "disturbed"
-    disturbed.mkdir()
-    with pytest.raises(interrupted):
-        stage(train_sft, config, ModelFiles(folder), CONVERSATIONS, [], folder=disturbed, log=recording_log(until=stop)[0])
-    _, _, resumed = stage(train_sft, config, ModelFiles(folder), CONVERSATIONS, [], folder=disturbed)
-    assert largest_difference(calm, resumed) < 1e-5
-    start, pairs = ModelFiles(folder, calm), PAIRS[:12]
+@pytest.fixture(scope="module")
+def undisturbed(bare, stage, float32, tmp_path_factory):
+    """SFT of a bare GPT-2 and DPO after it: for each the function and what it is called with, and the model that comes of it."""
+    folder, _ = resolve(bare["gpt2"], tmp_path_factory.mktemp("base") / "gpt2", chat_template="chatml")
+    inputs = (train_sft, sft_config(float32, epochs=2), ModelFiles(folder), CONVERSATIONS, [])
+    sft = stage(*inputs)[2]
     config = DpoConfig(load=float32, optim=optim(epochs=2, learning_rate=1e-3), max_length=POSITIONS)
-    _, _, calm = stage(train_dpo, config, start, pairs)
-    disturbed = tmp_path / "disturbed_dpo"
-    disturbed.mkdir()
+    after = (train_dpo, config, ModelFiles(folder, sft), PAIRS[:12])
+    return {"sft": (inputs, sft), "dpo": (after, stage(*after)[2])}
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_a_killed_training_ends_like_one_that_was_not(
+    undisturbed, stage, recording_log, interrupted, largest_difference, tmp_path, name, stop
+):
+    inputs, calm = undisturbed[name]
     with pytest.raises(interrupted):
-        stage(train_dpo, config, start, pairs, folder=disturbed, log=recording_log(until=stop)[0])
-    _, _, resumed = stage(train_dpo, config, start, pairs, folder=disturbed)
+        stage(*inputs, folder=tmp_path, log=recording_log(until=stop)[0])
+    _, _, resumed = stage(*inputs, folder=tmp_path)
     assert largest_difference(calm, resumed) < 1e-5
 
 

@@ -7,6 +7,7 @@ import pytest
 from alignment.constitutions import (
     ConstitutionError,
     constitution_names,
+    finds_nothing,
     load_constitution,
     no_prompts,
     prompts_to_criticise,
@@ -179,6 +180,23 @@ def test_names_are_the_stems_in_alphabetical_order(write, tmp_path):
     for name in ("b.yaml", "a.yaml", "notes.txt"):
         write(GOOD, name)
     assert constitution_names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("critique", "nothing"),
+    [
+        ("No violations found.", True),
+        (" no violations FOUND", True),
+        ('"No violations found."', True),
+        ("**No violations found.**", True),
+        ("\n - _No violations found_", True),
+        ("It insults. No violations found elsewhere.", False),
+        ("- Not kind.", False),
+        ("", False),
+    ],
+)
+def test_a_critique_finds_nothing_where_it_begins_with_those_words(critique, nothing):
+    assert finds_nothing(critique) is nothing
 
 
 PROMPTS = [

@@ -150,9 +150,16 @@ def test_it_moves_the_way_the_pairs_say(train, sft_adapter, float32):
         assert metrics["train/rewards_margin_last"] > 0.05
 
 
+@pytest.fixture(scope="module")
+def undisturbed(train):
+    return train()
+
+
 @pytest.mark.parametrize("stop", [3, 7], ids=["in the first epoch", "in the second epoch"])
-def test_a_killed_training_ends_like_one_that_was_not(train, recording_log, interrupted, largest_difference, tmp_path, stop):
-    uninterrupted, metrics, folder = train()
+def test_a_killed_training_ends_like_one_that_was_not(
+    train, undisturbed, recording_log, interrupted, largest_difference, tmp_path, stop
+):
+    uninterrupted, metrics, folder = undisturbed
     log, _ = recording_log(until=stop)
     with pytest.raises(interrupted):
         train(tmp_path, log=log)

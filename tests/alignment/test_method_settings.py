@@ -1,6 +1,7 @@
 """No setting of a method is ignored: each changes the policy that comes out, and each is read somewhere."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,14 @@ CASES = {
         },
     ),
     "grpo": (RL, {**OTHER_RL, "loss_type": "dr_grpo", "scale_rewards": "none"}),
-    "rloo": (RL, OTHER_RL),
+    "rloo": (RL, {path: OTHER_RL[path] for path in ("num_generations", "beta", "updates_per_batch", "epsilon")}),
+}
+# Settings that a method reads where another one reads them, too, whose cases stand for both: by method, the other and these.
+PROVED_BY = {
+    "rloo": (
+        "grpo",
+        {"rewards", "tasks", "max_tasks", "max_prompt_length", "temperature", "max_new_tokens", "missing_eos_penalty"},
+    )
 }
 LAYOUT = {"sample_batch_size", "score_batch_size", "share_base", "reuse_frozen_layers", "micro_batch_size", "save_every"}
 
@@ -177,9 +185,25 @@ def with_other(settings, path, value):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_is_changed_below(name):
-    below = {path.partition(".")[0] for path in CASES[name][1]}
     fields = set(METHODS[name].config.model_fields)
-    assert below | SHARED & fields == fields - LAYOUT
+    _, proved = PROVED_BY.get(name, (None, set()))
+    assert changed(name) | proved | SHARED & fields == fields - LAYOUT
+
+
+def changed(name):
+    return {path.partition(".")[0] for path in CASES[name][1]}
+
+
+@pytest.mark.parametrize(("name", "other", "settings"), [(name, *proved) for name, proved in PROVED_BY.items()])
+def test_what_another_method_proves_is_read_by_code_that_both_share(name, other, settings):
+    assert settings <= changed(other)
+    assert METHODS[name].train.__code__ is METHODS[other].train.__code__  # made by one function of the table
+    for config in (METHODS[name].config, METHODS[other].config):
+        assert settings.isdisjoint(config.__annotations__)  # inherited as they are
+        nodes = list(ast.walk(ast.parse(Path(sys.modules[config.__module__].__file__).read_text(encoding="utf-8"))))
+        read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        given = {keyword.arg for node in nodes if isinstance(node, ast.Call) for keyword in node.keywords}
+        assert settings.isdisjoint(read | given)  # the method's own file neither reads nor replaces them
 
 
 @pytest.mark.parametrize(("name", "path"), [(name, path) for name, (_, others) in CASES.items() for path in others])

@@ -103,14 +103,24 @@ def test_a_larger_lambda_prefers_more(train):
     assert margins[1] > margins[0] + 0.5
 
 
-@pytest.mark.parametrize("finetuning", ["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", "full"])
+def undisturbed(request, train):
+    """Eight steps in two epochs: the settings, and what comes of them."""
+    settings = {"finetuning": request.param, "optim": {"batch_size": 2, "micro_batch_size": 2}}
+    return settings, *train(**settings)
+
+
+def test_an_adapter_or_all_weights_are_trained(undisturbed):
+    settings, _, _, folder = undisturbed
+    weights = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
+    assert [p.name for p in folder.rglob("*.safetensors")] == [weights[settings["finetuning"]]]
+
+
 @pytest.mark.parametrize("stop", [3, 7], ids=["in the first epoch", "in the second epoch"])
 def test_a_killed_training_ends_like_one_that_was_not(
-    train, recording_log, interrupted, largest_difference, tmp_path, stop, finetuning
+    train, undisturbed, recording_log, interrupted, largest_difference, tmp_path, stop
 ):
-    settings = {"finetuning": finetuning, "optim": {"batch_size": 2, "micro_batch_size": 2}}
-    uninterrupted, metrics, folder = train(**settings)
-    assert [p.name for p in folder.rglob("*.safetensors")] == [("adapter_" if finetuning == "lora" else "") + "model.safetensors"]
+    settings, uninterrupted, metrics, folder = undisturbed
     log, _ = recording_log(until=stop)
     with pytest.raises(interrupted):
         train(tmp_path, log=log, **settings)

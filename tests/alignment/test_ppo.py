@@ -172,7 +172,7 @@ def test_the_log_probs_are_those_of_all_other_stages(sft, float32):
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_it_learns_the_right_answer_and_the_critic_learns_to_expect_it(train, sft, seed):
     assert 0.1 < share_right(sft) < 0.5
     trained, metrics, folder = train(steps=12, batch_size=32, seed=seed)
@@ -183,13 +183,7 @@ def test_it_learns_the_right_answer_and_the_critic_learns_to_expect_it(train, sf
     assert curve(trained, "loss/value")[-1] < 0.3 * curve(trained, "loss/value")[0]
 
 
-def test_with_the_sign_flipped_it_learns_to_avoid_it(train, sft):
-    _, _, folder = train(steps=12, batch_size=32, rewards=RewardWeights(reward_model=0.0, exact_answer=-1.0))
-    assert share_right(ModelFiles(sft.base, folder)) < 0.05
-
-
-@pytest.mark.parametrize("share_base", [True, False])
-def test_a_reward_model_is_followed(train, sft, scorer, share_base):
+def test_a_reward_model_is_followed(train, sft, scorer):
     _, metrics, folder = train(
         steps=12,
         batch_size=32,
@@ -197,7 +191,6 @@ def test_a_reward_model_is_followed(train, sft, scorer, share_base):
         rewards=RewardWeights(reward_model=1.0),
         reward_model=scorer,
         critic_start="reward_model",
-        share_base=share_base,
     )
     assert metrics["train/scores_last"] > metrics["train/scores_first"] + 0.3
     assert share_right(ModelFiles(sft.base, folder), "3") > 0.8
@@ -331,8 +324,7 @@ def test_all_weights_of_an_adapter_cannot_be_trained(train):
 # --- Kills and layout -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kl_controller", ["fixed", "adaptive"])
-def test_a_killed_training_ends_like_one_that_was_not(train, interrupted, largest_difference, tmp_path, kl_controller):
+def test_a_killed_training_ends_like_one_that_was_not(train, interrupted, largest_difference, tmp_path):
     from alignment.progress import Log
 
     seen = []
@@ -342,7 +334,8 @@ def test_a_killed_training_ends_like_one_that_was_not(train, interrupted, larges
         if step == 3 and len(seen) == 3:
             raise interrupted
 
-    settings = {"kl_controller": kl_controller, "kl_horizon": 64, "mini_batches": 2}
+    # The adaptive controller's coefficient is carried along, too; a killed PPO with the fixed one is in `test_any_base.py`.
+    settings = {"kl_controller": "adaptive", "kl_horizon": 64, "mini_batches": 2}
     uninterrupted, metrics, folder = train(**settings)
     with pytest.raises(interrupted):
         train(tmp_path, log=Log(metrics=dying), **settings)

@@ -129,8 +129,13 @@ def test_saving_and_loading_changes_no_bit_of_a_score(either):
     assert metrics["reload/score_gap"] == 0
 
 
-def test_nor_does_it_in_bfloat16(train):
-    _, metrics, _, _ = train(load=LoadSettings(dtype="bfloat16"))
+@pytest.fixture(scope="module")
+def bfloat16(train):
+    return train(load=LoadSettings(dtype="bfloat16"))
+
+
+def test_nor_does_it_in_bfloat16(bfloat16):
+    _, metrics, _, _ = bfloat16
     assert metrics["reload/score_gap"] == 0
 
 
@@ -166,9 +171,11 @@ def test_small_steps_of_the_score_head_are_not_lost_over_a_16_bit_base(train, co
     assert ((head - drawn.score.weight).abs() > 2e-4).float().mean() > 0.9
 
 
-def test_a_killed_training_in_bfloat16_ends_like_one_too(train, recording_log, interrupted, largest_difference, tmp_path):
+def test_a_killed_training_in_bfloat16_ends_like_one_too(
+    train, bfloat16, recording_log, interrupted, largest_difference, tmp_path
+):
     half = LoadSettings(dtype="bfloat16")
-    _, metrics, _, folder = train(load=half)
+    _, metrics, _, folder = bfloat16
     log, _ = recording_log(until=7)
     with pytest.raises(interrupted):
         train(tmp_path, log=log, load=half)
@@ -213,23 +220,30 @@ def lose_the_head(monkeypatch):
     monkeypatch.setattr(alignment.reward, "save_model", save)
 
 
+@pytest.fixture
+def two_steps(config):
+    """What is lost does not depend on how long was trained."""
+    optim = config.optim.model_copy(update={"epochs": 1})
+    return {"train": TRAIN[:32], "heldout": HELDOUT[:8], "optim": optim}
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_without_held_out_pairs_a_lost_score_head_is_detected_too(train, lose_the_head, kind):
+def test_without_held_out_pairs_a_lost_score_head_is_detected_too(train, two_steps, lose_the_head, kind):
     with pytest.raises(HeadLost, match="scores changed by up to"):
-        train(finetuning=kind, heldout=[])
+        train(finetuning=kind, **two_steps | {"heldout": []})
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_lost_score_head_is_detected(train, lose_the_head, kind):
+def test_a_lost_score_head_is_detected(train, two_steps, lose_the_head, kind):
     with pytest.raises(HeadLost, match="scores changed by up to"):
-        train(finetuning=kind)
+        train(finetuning=kind, **two_steps)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_lost_score_head_is_detected_with_the_default_seed_and_a_small_learning_rate_too(train, config, lose_the_head, kind):
-    optim = config.optim.model_copy(update={"seed": 0, "learning_rate": 1e-5})
+def test_a_lost_score_head_is_detected_with_the_default_seed_and_a_small_learning_rate_too(train, two_steps, lose_the_head, kind):
+    optim = two_steps["optim"].model_copy(update={"seed": 0, "learning_rate": 1e-5})
     with pytest.raises(HeadLost):
-        train(finetuning=kind, optim=optim)
+        train(finetuning=kind, **two_steps | {"optim": optim})
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

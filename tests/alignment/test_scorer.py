@@ -1,5 +1,6 @@
 """Scores from 1 to 10: as in training, the same in every process, and from the command line."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from alignment.errors import UserError
 from alignment.models import LoadSettings, LoraSettings, ModelFiles
 from alignment.records import PreferencePair
 from alignment.reward import RewardConfig, train_reward_model
-from alignment.scorer import Scorer, scorer_files
+from alignment.scorer import Scorer, main, scorer_files
 from alignment.training import OptimSettings
 
 PROJECT = Path(__file__).parents[2]
@@ -104,50 +105,44 @@ def test_an_empty_answer_has_a_score(scorer):
     assert 1 <= scorer.score("question 1", "") <= 10
 
 
-SCORE = """
-import json, sys
-from pathlib import Path
-from alignment.scorer import Scorer, scorer_files
-scorer = Scorer.load(scorer_files(Path(sys.argv[1])))
-print(json.dumps([scorer.score(p, r).hex() for p, r in json.loads(sys.argv[2])]))
-"""
+def lines(answers):
+    return "".join(json.dumps({"id": i, "prompt": p, "response": r}) + "\n" for i, (p, r) in enumerate(answers))
 
 
-def run(*arguments, stdin=""):
-    return subprocess.run(
-        [sys.executable, *arguments], input=stdin, capture_output=True, text=True, timeout=120, cwd=PROJECT, check=False
+def test_the_command_line_gives_in_a_new_process_the_same_bits(lora, scorer):
+    command = [sys.executable, "-m", "alignment.scorer", str(lora[0])]
+    done = subprocess.run(
+        command, input=lines(ANSWERS[:6]), capture_output=True, text=True, timeout=120, cwd=PROJECT, check=False
     )
-
-
-def test_two_new_processes_give_the_same_bits(lora):
-    folder, _, _ = lora
-    here = Scorer.load(scorer_files(folder))
-    once, again = (run("-c", SCORE, str(folder), json.dumps(ANSWERS[:6])) for _ in range(2))
-    assert once.returncode == 0, once.stderr
-    assert once.stdout == again.stdout
-    assert json.loads(once.stdout) == [here.score(*a).hex() for a in ANSWERS[:6]]
-
-
-def test_the_command_line(lora, scorer):
-    folder, _, _ = lora
-    done = run("-m", "alignment.scorer", str(folder), "--prompt", "question 99", "--response", "please 3 ok")
-    assert done.returncode == 0, done.stderr
-    expected = {"prompt": "question 99", "response": "please 3 ok", "helpfulness": scorer.score("question 99", "please 3 ok")}
-    assert json.loads(done.stdout) == expected
-    lines = "".join(json.dumps({"id": i, "prompt": p, "response": r}) + "\n" for i, (p, r) in enumerate(ANSWERS[:3]))
-    done = run("-m", "alignment.scorer", str(folder), stdin=lines)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["id"] for row in rows] == [0, 1, 2]
-    assert [row["helpfulness"] for row in rows] == [scorer.score(*a) for a in ANSWERS[:3]]
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["helpfulness"].hex() for row in rows] == [scorer.score(*a).hex() for a in ANSWERS[:6]]
+
+
+@pytest.fixture
+def command(lora, monkeypatch):
+    """Runs the command line in this process, on the model `lora`."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["scorer", str(lora[0]), *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        main()
+
+    return run
+
+
+def test_one_pair_is_given_as_arguments(command, scorer, capsys):
+    command("--prompt", "question 99", "--response", "please 3 ok")
+    expected = {"prompt": "question 99", "response": "please 3 ok", "helpfulness": scorer.score("question 99", "please 3 ok")}
+    assert json.loads(capsys.readouterr().out) == expected
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": "a"}', '["a", "b"]', '{"prompt": "a", "response": 3}'])
-def test_a_line_that_is_no_pair_is_named(lora, line):
-    done = run("-m", "alignment.scorer", str(lora[0]), stdin='{"prompt": "a", "response": "b"}\n' + line)
-    assert done.returncode != 0
-    assert "standard input, line 2" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_line_that_is_no_pair_is_named(command, capsys, line):
+    with pytest.raises(SystemExit, match="standard input, line 2"):  # with a text: Python prints it and exits with 1
+        command(stdin=lines([("a", "b")]) + line)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_adapter_whose_base_moved_is_told_where_it_is(lora, scorer, tiny_model, tmp_path):

@@ -236,7 +236,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, lar
     assert largest_difference(a, c) > 1e-4
 
 
-@pytest.mark.parametrize("finetuning", ["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", "full"])
+def in_whole_batches(request, train):
+    """Four steps without dropout: the settings, and what comes of them."""
+    usual = {"finetuning": request.param, "dropout": 0.0, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3}
+    return usual, *train(**usual)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -248,9 +254,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, lar
     ],
     ids=str,
 )
-def test_the_layout_does_not_change_the_result(train, largest_difference, finetuning, layout):
-    usual = {"finetuning": finetuning, "dropout": 0.0, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3}
-    trained, metrics, folder = train(**usual)
+def test_the_layout_does_not_change_the_result(train, in_whole_batches, largest_difference, layout):
+    usual, trained, metrics, folder = in_whole_batches
     other, other_metrics, other_folder = train(**usual | layout)
     assert trained.steps == other.steps == 4
     assert largest_difference(folder, other_folder) < 1e-4

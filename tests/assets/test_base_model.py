@@ -1,13 +1,23 @@
 """A base model without chat template through real materializations: resolved with a template, then fine-tuned."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
+import dagster as dg
 import pytest
+
+from assets.base_model import base_model
+from assets.data import sft_dataset
+from assets.sft import sft_checkpoint
+from resources.artifacts import ArtifactStore
+from resources.dvc_data import DvcData
+from resources.handle_io import HandleIOManager
+from resources.tracking import MlflowTracking
 
 
 @pytest.fixture(scope="module")
-def run(new_sandbox, tmp_path_factory):
+def run(tmp_path_factory, fresh_data, empty_database):
     """`base_model` and `sft_checkpoint` over a small GPT-2 that was saved without template and pad token."""
     from transformers import AutoTokenizer
 
@@ -29,11 +39,26 @@ def run(new_sandbox, tmp_path_factory):
         "chat_template": str(template),
         "added_tokens": ["<|user|>", "<|assistant|>", "<|system|>"],
     }
-    sandbox = new_sandbox("any_base")
-    config = {"ops": {"base_model": {"config": base}}}
-    sandbox.start_assets(["base_model", "sft_dataset", "sft_checkpoint"], config).finish()
-    (resolved,), (trained,) = sandbox.artifacts("base_model"), sandbox.artifacts("sft_checkpoint")
-    return SimpleNamespace(sandbox=sandbox, config=config, resolved=resolved, trained=trained)
+    storage = tmp_path_factory.mktemp("any_base")
+    shutil.copy(empty_database, storage / "mlflow.db")
+    done = dg.materialize(
+        [base_model, sft_dataset, sft_checkpoint],
+        instance=dg.DagsterInstance.ephemeral(),
+        resources={
+            "store": ArtifactStore(root=str(storage / "artifacts")),
+            "io_manager": HandleIOManager(root=str(storage / "handles")),
+            "dvc": DvcData(root=str(fresh_data)),
+            "tracking": MlflowTracking(
+                tracking_uri=f"sqlite:///{storage / 'mlflow.db'}",
+                artifact_root=str(storage / "mlartifacts"),
+                lock_folder=str(storage / "locks"),
+            ),
+        },
+        run_config={"ops": {"base_model": {"config": base}}},
+    )
+    assert done.success
+    (resolved,), (trained,) = ((storage / "artifacts" / asset).iterdir() for asset in ("base_model", "sft_checkpoint"))
+    return SimpleNamespace(resolved=resolved, trained=trained)
 
 
 def test_the_template_and_its_tokens_are_in_the_artifact(run):

@@ -1,5 +1,5 @@
 """The whole job, for real, on the tiny recipe: what Dagster, MLflow and the artifact store hold after it, and what a
-second run reuses. The runs are those of `make demo`: multiprocess executor, one process per step.
+later run reuses. The runs are those of `make demo`: multiprocess executor, one process per step.
 """
 
 import base64
@@ -25,7 +25,7 @@ from dagster_project.definitions import defs
 from resources.artifacts import file_hashes
 from resources.tracking import flatten
 
-pytestmark = pytest.mark.timeout(1800)  # four whole runs, by whichever test comes first
+pytestmark = pytest.mark.timeout(1800)  # three whole runs, by whichever test comes first
 PROJECT = Path(__file__).parents[2]
 JOB = defs.resolve_job_def("alignment")
 ASSETS = sorted(key.to_user_string() for key in JOB.asset_layer.executable_asset_keys)
@@ -33,9 +33,6 @@ CHECKS = defs.resolve_asset_graph().asset_check_keys
 PARTITIONED = {key.to_user_string() for key in JOB.asset_layer.executable_asset_keys if JOB.asset_layer.get(key).partitions_def}
 POLICIES = [f"aligned_policy/{name}" for name in METHODS]
 TRAINED = ["sft_checkpoint", "human_reward_model", "reward_model", "evaluator", *POLICIES]
-AFTER_DPO = ["aligned_policy/dpo", "policy_report/dpo", "champion"]
-# With another seed AI feedback is built anew; it has no weight in the reward model, which is therefore reused.
-AFTER_CHANGE = sorted([*AFTER_DPO, "ai_feedback"])
 LAYOUT = {
     "sft_checkpoint": {"optim": {"micro_batch_size": 4}},
     "human_reward_model": {"optim": {"micro_batch_size": 4}},
@@ -48,27 +45,28 @@ LAYOUT = {
     "sft_report": {"score_batch_size": 2},
     "policy_report__dpo": {"score_batch_size": 2},
 }
+FORCED = "prompts"
+AFTER_CHANGE = ["aligned_policy/kto", "champion", "policy_report/kto"]  # of a setting of KTO
 
 
 def ops(configs: Mapping[str, Any]) -> dict[str, Any]:
     return {"ops": {name: {"config": config} for name, config in configs.items()}}
 
 
-FIRST, AGAIN, OTHER_BETA, OTHER_LAYOUT = range(4)
-FORCED = "prompts"
+# What changes in between changes three things that have nothing to do with each other: what is built is the union.
+FIRST, CHANGED, AGAIN = range(3)
 CONFIGS = [
     None,
+    ops({**LAYOUT, "aligned_policy__kto": {"beta": 0.2}, FORCED: {"force": True}}),
     None,
-    ops({"aligned_policy__dpo": {"beta": 0.2}, "ai_feedback": {"seed": 1}}),
-    ops({**LAYOUT, FORCED: {"force": True}}),
 ]
 
 
 class Run:
     """One Dagster run of the job, as Dagster and MLflow recorded it."""
 
-    def __init__(self, sandbox: Any, instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
-        self._sandbox, self._instance, self.run = sandbox, instance, run
+    def __init__(self, sandbox: Any, instance: dg.DagsterInstance, number: int, run: dg.DagsterRun) -> None:
+        self._sandbox, self._instance, self.number, self.run = sandbox, instance, number, run
 
     @cached_property
     def materializations(self) -> dict[str, dg.AssetMaterialization]:
@@ -107,7 +105,7 @@ def sandbox(new_sandbox):
 
 @pytest.fixture(scope="module")
 def output(sandbox) -> str:
-    """What the four runs printed, one after the other."""
+    """What the runs printed, one after the other."""
     return sandbox.start_demo(CONFIGS).finish(timeout=1500)
 
 
@@ -116,7 +114,7 @@ def runs(sandbox, output):
     with sandbox.instance() as instance:
         records = instance.get_run_records(ascending=True)
         assert len(records) == len(CONFIGS)
-        yield [Run(sandbox, instance, record.dagster_run) for record in records]
+        yield [Run(sandbox, instance, number, record.dagster_run) for number, record in enumerate(records)]
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +123,9 @@ def first(runs) -> Run:
 
 
 def artifact(run: Run, asset: str) -> Path:
-    """The artifact's folder as it was at the end of the run: the last run replaced one and put the first aside."""
+    """The artifact's folder as it was at the end of the run: the second run replaced one and put the first aside."""
     folder = Path(run.metadata(asset)["artifact"])
-    if asset == FORCED and FORCED not in run.run.run_config.get("ops", {}):
+    if asset == FORCED and run.number < CHANGED:
         return folder.parents[1] / ".replaced" / asset / folder.name
     return folder
 
@@ -486,11 +484,17 @@ def test_models_in_mlflow_load_with_plain_libraries_in_a_new_process_and_answer_
 # --- later runs -------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_run_again_reuses_everything_and_trains_nothing(runs, first):
+def computed_by(runs: list[Run], asset: str) -> Run:
+    """The run that made what the last one has of an asset."""
+    return runs[CHANGED if asset == FORCED else FIRST]
+
+
+def test_the_first_run_again_reuses_everything_and_trains_nothing(runs, first):
     again = runs[AGAIN]
     assert again.built == []
     assert sorted(again.children) == ASSETS
     for asset in ASSETS:
+        maker = computed_by(runs, asset)
         assert again.metadata(asset)["fingerprint"] == first.metadata(asset)["fingerprint"]
         assert again.materializations[asset].tags == {
             **again.materializations[asset].tags,
@@ -498,39 +502,38 @@ def test_the_same_run_again_reuses_everything_and_trains_nothing(runs, first):
         }
         child = again.children[asset]
         assert child.data.tags["alignment.reused"] == "true"
-        assert child.data.tags["alignment.computed_by"] == first.children[asset].info.run_id
+        assert child.data.tags["alignment.computed_by"] == maker.children[asset].info.run_id
         assert {name for name in child.data.metrics if not name.startswith("final/")} == set()
         assert {k: v for k, v in child.data.metrics.items() if k.startswith("final/")} == {
-            k: v for k, v in first.children[asset].data.metrics.items() if k.startswith("final/")
+            k: v for k, v in maker.children[asset].data.metrics.items() if k.startswith("final/")
         }
-        assert record(again, asset)["dagster_run_id"] == first.run.run_id
+        assert record(again, asset)["dagster_run_id"] == maker.run.run_id
     assert again.parent.info.run_id != first.parent.info.run_id
     assert again.parent.info.status == "FINISHED"
 
 
-def test_another_setting_builds_what_it_changes_and_what_follows_that(runs, first):
-    changed = runs[OTHER_BETA]
-    assert changed.built == AFTER_CHANGE
-    assert changed.children["aligned_policy/dpo"].data.params["beta"] == "0.2"
+def test_another_setting_builds_what_it_changes_and_what_follows_that_and_force_one_asset_more(runs, first):
+    changed = runs[CHANGED]
+    assert changed.built == sorted([*AFTER_CHANGE, FORCED])
+    assert changed.children["aligned_policy/kto"].data.params["beta"] == "0.2"
     for asset in AFTER_CHANGE:
         assert changed.metadata(asset)["fingerprint"] != first.metadata(asset)["fingerprint"]
     # What the first run made is still there.
-    assert artifact(first, "aligned_policy/dpo").exists()
+    assert artifact(first, "aligned_policy/kto").exists()
 
 
-def test_another_layout_changes_nothing_and_force_computes_one_asset_anew(runs, first):
-    forced = runs[OTHER_LAYOUT]
-    assert forced.built == [FORCED]
-    for asset in ASSETS:
-        assert forced.metadata(asset)["fingerprint"] == first.metadata(asset)["fingerprint"]
-    assert record(forced, FORCED)["dagster_run_id"] == forced.run.run_id
-    assert forced.children["aligned_policy/dpo"].data.params["optim.micro_batch_size"] == "2"
+def test_another_layout_changes_nothing_nor_does_what_force_computes_anew(runs, first):
+    changed = runs[CHANGED]
+    for asset in set(ASSETS) - set(AFTER_CHANGE):
+        assert changed.metadata(asset)["fingerprint"] == first.metadata(asset)["fingerprint"]
+    assert record(changed, FORCED)["dagster_run_id"] == changed.run.run_id
+    assert changed.children["aligned_policy/dpo"].data.params["optim.micro_batch_size"] == "2"
 
 
 def test_what_force_replaced_is_kept_aside_and_was_the_same(runs, first):
-    assert artifact(first, FORCED) != artifact(runs[OTHER_LAYOUT], FORCED)
+    assert artifact(first, FORCED) != artifact(runs[CHANGED], FORCED)
     assert record(first, FORCED)["dagster_run_id"] == first.run.run_id
-    assert record(first, FORCED)["files"] == record(runs[OTHER_LAYOUT], FORCED)["files"]
+    assert record(first, FORCED)["files"] == record(runs[CHANGED], FORCED)["files"]
 
 
 def test_the_registry_has_one_version_per_candidate(runs, first, sandbox):
@@ -538,11 +541,11 @@ def test_the_registry_has_one_version_per_candidate(runs, first, sandbox):
     policies = {run.metadata(f"aligned_policy/{candidate(run)}")["fingerprint"] for run in runs}
     assert sorted(v.tags["alignment.fingerprint"] for v in versions) == sorted(policies)
     challenger = sandbox.mlflow().get_model_version_by_alias("aligned-policy-general", "challenger")
-    last = runs[OTHER_LAYOUT]
+    last = runs[AGAIN]  # back to the first run's policies
     assert challenger.tags["alignment.fingerprint"] == last.metadata(f"aligned_policy/{candidate(last)}")["fingerprint"]
 
 
-def test_four_runs_have_four_parents_and_no_child_too_many(runs, sandbox):
+def test_each_run_has_a_parent_and_no_child_too_many(runs, sandbox):
     everything = sandbox.mlflow_runs({})
     assert len(everything) == len(runs) * (1 + len(ASSETS))
     assert {run.info.status for run in everything} == {"FINISHED"}
@@ -554,5 +557,5 @@ def test_the_demo_prints_a_table_per_run(output, runs):
         assert f"Dagster run {run.run.run_id}" in output
     tables = output.split("key metrics")[1:]
     assert len(tables) == len(runs)
-    assert [table.split("assets in")[0].count(" built ") for table in tables] == [len(ASSETS), 0, len(AFTER_CHANGE), 1]
+    assert [table.split("assets in")[0].count(" built ") for table in tables] == [len(ASSETS), len(AFTER_CHANGE) + 1, 0]
     assert sum(output.count(f"champion: {name}: ") for name in METHODS) == len(runs)

