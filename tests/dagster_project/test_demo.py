@@ -176,7 +176,7 @@ def of_two_assets() -> dg.JobDefinition:
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_step_that_failed_is_named_and_makes_the_exit_code_1(monkeypatch, capsys, tmp_path, fails):
     monkeypatch.setattr(Step, "fails", fails)
-    monkeypatch.setattr(demo, "alignment", of_two_assets)
+    monkeypatch.setattr("dagster_project.jobs.alignment", of_two_assets)
     monkeypatch.setattr(dg.DagsterInstance, "get", staticmethod(dg.DagsterInstance.ephemeral))
     monkeypatch.setattr(sys, "argv", ["demo"])
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
