@@ -183,7 +183,7 @@ def test_a_failure_fires_its_alarm_and_no_other(name, asset, numbers):
 @pytest.mark.parametrize(("asset", "metric"), [(a, m) for a, metrics in HEALTHY.items() for m in metrics])
 def test_what_was_not_measured_is_no_evidence(asset, metric):
     metrics = {name: value for name, value in HEALTHY[asset].items() if name != metric}
-    expected = [w.name for w in of(asset) if metric in w.needs and not w.optional]
+    expected = [w.name for w in of(asset) if metric in (*w.needs, *w.settings) and not w.optional]
     assert fired(asset, metrics) == expected
     for name in expected:
         assert f"not measured: {metric}" in sound(ALARMS[name], metrics, BOUNDS).reason

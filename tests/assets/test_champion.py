@@ -140,6 +140,7 @@ def test_a_candidate_that_passes_is_registered_and_becomes_champion(recorded, in
     recorded(report("dpo", "a" * 64, **PASSING), {"sft_report": NEW})
     recorded(report("ppo", "b" * 64, **PASSING | {"evaluator/gain_low": -0.1, "evaluator/gain": 0.5}), {"sft_report": NEW})
     policy = report("dpo", "a" * 64).policy
+    recorded(policy, {})
     files = store.model_files(policy)
     files.adapter.mkdir(parents=True)
     (files.adapter / "weights").write_text("dpo")
