@@ -180,6 +180,29 @@ def test_a_re_executed_run_reads_what_was_made_since_the_run_it_repeats_had_ende
     assert said[0] == f"made: as run {mended.run_id} has made it since run {first.run_id} ended"
 
 
+def test_what_a_run_makes_that_was_under_way_when_the_repeated_one_failed_is_not_read(tmp_path):
+    read, first = [], []
+
+    @dg.asset
+    def meanwhile() -> None:
+        first.append(pipeline.materialize("made", "used"))
+
+    @dg.asset(deps=[meanwhile])
+    def made(context: dg.AssetExecutionContext):
+        return BASE.model_copy(update={"mlflow_run_id": context.run_id})
+
+    @dg.asset
+    def used(made) -> None:
+        if not first:
+            raise RuntimeError("an accident")
+        read.append(made.mlflow_run_id)
+
+    pipeline = Repeated(tmp_path, meanwhile, made, used)
+    assert pipeline.materialize("meanwhile", "made").success  # of other settings, perhaps
+    pipeline.again(first[0], "used")
+    assert read == [first[0].run_id]
+
+
 def test_a_value_is_loaded_without_a_run_as_in_a_notebook(tmp_path):
     @dg.asset
     def made():
