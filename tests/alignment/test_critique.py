@@ -364,12 +364,13 @@ def test_no_finished_generation_is_asked_for_again(revise, tmp_path):
 
 
 def loop_with_answers_of_all_lengths(folder, work, pause=0.0):
-    """Sixteen prompts in one chunk and one batch; `pause`: seconds before every forward pass."""
+    """Sixteen prompts in one chunk and one batch; `pause`: seconds before every forward pass from the first critique on."""
     model = load_causal_lm(ModelFiles(Path(folder)), LoadSettings(dtype="float32"))
     tokenizer = load_tokenizer(Path(folder))
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] = 0  # as likely as other tokens: half of the answers end before the limit
-    model.register_forward_pre_hook(lambda *_: time.sleep(pause))
+    critic = Path(work) / "critic.jsonl"
+    model.register_forward_pre_hook(lambda *_: time.sleep(pause if critic.exists() else 0))
     sampling = SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=150, batch_size=16)
     config = CONFIG.model_copy(update={"answer": sampling, "critique": sampling, "revision": sampling, "chunk": 16, "rounds": 1})
     prompts = [Prompt(id=f"p{i}", prompt=f"Question number {i}" + "?" * (i % 5)) for i in range(16)]

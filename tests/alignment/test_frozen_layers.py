@@ -205,25 +205,29 @@ def test_a_run_gives_the_same_with_and_without(train, largest_difference, archit
     assert largest_difference(once.folder, always.folder) < (2e-3 if load.dtype == "bfloat16" else close)  # of steps of 1e-3
 
 
-def test_how_a_batch_is_cut_does_not_change_the_result(train, largest_difference):
-    runs = [train(micro_batch_size=size, score_batch_size=size) for size in (1, 4)]
+@pytest.fixture(scope="module")
+def usual(train):
+    return train()
+
+
+def test_how_a_batch_is_cut_does_not_change_the_result(train, usual, largest_difference):
+    runs = [train(micro_batch_size=1, score_batch_size=1), usual]
     assert all(map(skips, runs))
     assert largest_difference(*(run.folder for run in runs)) < 1e-5
 
 
-def test_a_killed_run_ends_like_one_that_was_not(train, interrupted, largest_difference, tmp_path):
+def test_a_killed_run_ends_like_one_that_was_not(train, usual, interrupted, largest_difference, tmp_path):
     def dying(step, values):
         if step == 2:
             raise interrupted
 
-    whole = train()
     with pytest.raises(interrupted):
         train(folder=tmp_path, metrics=dying)
     resumed = train(folder=tmp_path)
     assert any("resumed at step 1" in text for text in resumed.said)
     assert skips(resumed)
-    assert largest_difference(resumed.folder, whole.folder) < 1e-6
-    assert resumed.metrics == pytest.approx(whole.metrics, abs=1e-5)
+    assert largest_difference(resumed.folder, usual.folder) < 1e-6
+    assert resumed.metrics == pytest.approx(usual.metrics, abs=1e-5)
 
 
 # --- How often they run -----------------------------------------------------------------------------------------------
