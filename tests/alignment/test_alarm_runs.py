@@ -37,6 +37,7 @@ from alignment.sft import NothingToTrain, SftConfig, train_sft
 from alignment.training import OptimSettings
 
 QUESTIONS = [f"question {i}" for i in range(12)]
+CONSTANT = {"scheduler": "constant", "warmup_ratio": 0.0}
 GROUPS = ("aligned_policy/grpo", "aligned_policy/rloo")
 PAIRS = ("aligned_policy/dpo", "aligned_policy/kto", "aligned_policy/orpo")
 
@@ -159,7 +160,7 @@ def sl_cai(float32, folders):
     """Fine-tunes all weights on revisions; returns the metrics."""
 
     def run(start, revision, heldout, max_length=512):
-        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=12, micro_batch_size=12)
+        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=12, micro_batch_size=12, **CONSTANT)
         config = SlCaiConfig(finetuning="full", load=float32, demonstrations=0, optim=optim, max_length=max_length)
         pairs = [PreferencePair(id=q, prompt=q, chosen=revision(i), rejected="no never") for i, q in enumerate(QUESTIONS)]
         return train_sl_cai(config, ModelFiles(start), pairs, [], heldout, **folders())[1]
@@ -296,10 +297,9 @@ def dpo(sft, float32, folders):
             optim=OptimSettings(
                 epochs=20,
                 learning_rate=settings.pop("learning_rate"),
-                scheduler="constant",
-                warmup_ratio=0.0,
                 batch_size=12,
                 micro_batch_size=12,
+                **CONSTANT,
             ),
             **settings,
         )
@@ -340,7 +340,7 @@ def on_pairs(tiny_model, float32, folders):
 
     def run(asset, pairs):
         name = asset.split("/")[1]
-        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=4, micro_batch_size=4)
+        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=4, micro_batch_size=4, **CONSTANT)
         config = METHODS[name].config(load=float32, optim=optim, max_length=200)
         train = {"dpo": train_dpo, "kto": train_kto, "orpo": train_orpo}[name]
         return train(config, ModelFiles(tiny_model), pairs, **folders())[1]
@@ -431,7 +431,7 @@ def group_rl(four_answers, tasks, float32, folders):
     def run(asset, of=tasks, epochs=0.5, learning_rate=1e-4, **settings):
         name = asset.split("/")[1]
         given = {"load": float32, "finetuning": "full", "num_generations": 4, "max_new_tokens": 6, "rewards": RIGHT}
-        optim = {"scheduler": "constant", "warmup_ratio": 0.0, "batch_size": 16, "micro_batch_size": 16}
+        optim = {**CONSTANT, "batch_size": 16, "micro_batch_size": 16}
         optim = OptimSettings(epochs=epochs, learning_rate=learning_rate, **optim)
         config = METHODS[name].config(**given | settings, optim=optim)
         return {"grpo": train_grpo, "rloo": train_rloo}[name](config, four_answers, None, of, **folders())[1]
