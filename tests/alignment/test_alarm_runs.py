@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import test_ai_feedback  # noqa: F401 - its runs count, too
 import torch
-from alarm_runs import HEALTHY, SHOWN, fired, shows
+from alarm_runs import HEALTHY, SHOWN, shows
 
 import alignment.reward
 import alignment.sft
@@ -37,6 +37,7 @@ from alignment.sft import NothingToTrain, SftConfig, train_sft
 from alignment.training import OptimSettings
 
 QUESTIONS = [f"question {i}" for i in range(12)]
+CONSTANT = {"scheduler": "constant", "warmup_ratio": 0.0}
 GROUPS = ("aligned_policy/grpo", "aligned_policy/rloo")
 PAIRS = ("aligned_policy/dpo", "aligned_policy/kto", "aligned_policy/orpo")
 
@@ -159,7 +160,7 @@ def sl_cai(float32, folders):
     """Fine-tunes all weights on revisions; returns the metrics."""
 
     def run(start, revision, heldout, max_length=512):
-        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=12, micro_batch_size=12)
+        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=12, micro_batch_size=12, **CONSTANT)
         config = SlCaiConfig(finetuning="full", load=float32, demonstrations=0, optim=optim, max_length=max_length)
         pairs = [PreferencePair(id=q, prompt=q, chosen=revision(i), rejected="no never") for i, q in enumerate(QUESTIONS)]
         return train_sl_cai(config, ModelFiles(start), pairs, [], heldout, **folders())[1]
@@ -296,10 +297,9 @@ def dpo(sft, float32, folders):
             optim=OptimSettings(
                 epochs=20,
                 learning_rate=settings.pop("learning_rate"),
-                scheduler="constant",
-                warmup_ratio=0.0,
                 batch_size=12,
                 micro_batch_size=12,
+                **CONSTANT,
             ),
             **settings,
         )
@@ -340,7 +340,7 @@ def on_pairs(tiny_model, float32, folders):
 
     def run(asset, pairs):
         name = asset.split("/")[1]
-        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=4, micro_batch_size=4)
+        optim = OptimSettings(epochs=1, learning_rate=1e-4, batch_size=4, micro_batch_size=4, **CONSTANT)
         config = METHODS[name].config(load=float32, optim=optim, max_length=200)
         train = {"dpo": train_dpo, "kto": train_kto, "orpo": train_orpo}[name]
         return train(config, ModelFiles(tiny_model), pairs, **folders())[1]
@@ -378,8 +378,8 @@ def ppo(four_answers, tasks, float32, folders):
     def run(of=tasks, max_new_tokens=6, **settings):
         given = {
             "steps": 2,
-            "batch_size": 32,
-            "micro_batch_size": 32,
+            "batch_size": 16,
+            "micro_batch_size": 16,
             "learning_rate": 1e-3,
             "critic_learning_rate": 1e-3,
             "scheduler": "constant",
@@ -408,17 +408,17 @@ def test_a_sampler_of_another_temperature_than_the_learner_is_noticed(ppo, monke
 
     real = LanguageRole.log_probs
     monkeypatch.setattr(LanguageRole, "log_probs", log_probs)
-    return ppo(steps=1)
+    return ppo(steps=1, ppo_epochs=1)
 
 
 @shows("rollouts_end", "reward_rises", "prompts_dropped", of="aligned_policy/ppo")
 def test_answers_that_are_all_cut_a_flat_reward_and_prompts_that_do_not_fit_are_noticed(ppo, tasks):
-    return ppo(of=[*tasks[:4], *[TOO_LONG] * 5], max_prompt_length=250, max_new_tokens=1)
+    return ppo(of=[*tasks[:4], *[TOO_LONG] * 5], max_prompt_length=250, max_new_tokens=1, ppo_epochs=1)
 
 
 @shows("kl_per_answer", "policy_has_entropy", of="aligned_policy/ppo", among_others=True)
 def test_a_policy_that_runs_away_from_its_reference_is_noticed(ppo):
-    return ppo(learning_rate=0.3, kl_coef=0.0, max_new_tokens=12)
+    return ppo(learning_rate=3.0, kl_coef=0.0, max_new_tokens=12, ppo_epochs=1)
 
 
 # --- 7: GRPO and RLOO -------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def group_rl(four_answers, tasks, float32, folders):
     def run(asset, of=tasks, epochs=0.5, learning_rate=1e-4, **settings):
         name = asset.split("/")[1]
         given = {"load": float32, "finetuning": "full", "num_generations": 4, "max_new_tokens": 6, "rewards": RIGHT}
-        optim = {"scheduler": "constant", "warmup_ratio": 0.0, "batch_size": 16, "micro_batch_size": 16}
+        optim = {**CONSTANT, "batch_size": 16, "micro_batch_size": 16}
         optim = OptimSettings(epochs=epochs, learning_rate=learning_rate, **optim)
         config = METHODS[name].config(**given | settings, optim=optim)
         return {"grpo": train_grpo, "rloo": train_rloo}[name](config, four_answers, None, of, **folders())[1]
@@ -452,7 +452,7 @@ def test_answers_that_are_all_cut_and_worth_the_same_and_tasks_that_do_not_fit_a
 
 @shows("kl_per_token", "policy_has_entropy", of=GROUPS, among_others=True)
 def test_a_group_policy_that_runs_away_from_its_reference_is_noticed_also_at_beta_0(group_rl, asset):
-    return group_rl(asset, learning_rate=0.3, beta=0.0)
+    return group_rl(asset, learning_rate=3.0, beta=0.0)
 
 
 # --- 2, 5, 8, 9: reports ----------------------------------------------------------------------------------------------
@@ -509,15 +509,25 @@ def test_a_gain_that_comes_with_length_is_noticed(report, sft, rude, likes_pleas
     return metrics
 
 
-@shows("likelihood_not_displaced", of="policy_report/dpo", among_others=True)
-def test_displaced_likelihood_and_worse_perplexity_together_are_noticed(report, displaced, anchored, likes_please):
-    def measured(run):
-        trained, policy, start = run
+@pytest.fixture(scope="module")
+def dpo_report(report, likes_please):
+    """Measures a policy that DPO made, together with the metrics of its training."""
+
+    def run(trained, policy, start):
         demonstrations = talks(lambda i: ALIKE[i].chosen)
         return report(policy, start, likes_please[1], likes_please[1], demonstrations, trained=trained)
 
-    assert "likelihood_not_displaced" not in fired("policy_report/dpo", measured(anchored))
-    return measured(displaced)
+    return run
+
+
+@shows(of="policy_report/dpo")
+def test_a_healthy_dpo_report_is_silent(dpo_report, anchored):
+    return dpo_report(*anchored)
+
+
+@shows("likelihood_not_displaced", of="policy_report/dpo", among_others=True)
+def test_displaced_likelihood_and_worse_perplexity_together_are_noticed(dpo_report, displaced):
+    return dpo_report(*displaced)
 
 
 # --- 10: critique and revise ------------------------------------------------------------------------------------------
