@@ -24,8 +24,9 @@ PASSING = {
 
 
 @pytest.fixture
-def store(resources: dict[str, Any]) -> ArtifactStore:
-    return resources["store"].process_config_and_initialize()
+def store(tmp_path: Path) -> ArtifactStore:
+    """The one of `resources`."""
+    return ArtifactStore(root=str(tmp_path / "artifacts")).process_config_and_initialize()
 
 
 @pytest.fixture
@@ -40,7 +41,8 @@ def recorded(store, instance) -> Callable[..., None]:
 
     def record(handle: Handle, inputs: dict[str, str]) -> None:
         with store.building(handle.asset, handle.fingerprint) as work:
-            (work.out / "report.json").write_text("{}")
+            (work.out / "model").mkdir()
+            (work.out / "model" / "weights").write_text(handle.asset)
             work.publish(
                 ArtifactRecord(
                     handle=handle.model_dump(mode="json"),
@@ -141,13 +143,11 @@ def test_a_candidate_that_passes_is_registered_and_becomes_champion(recorded, in
     recorded(report("ppo", "b" * 64, **PASSING | {"evaluator/gain_low": -0.1, "evaluator/gain": 0.5}), {"sft_report": NEW})
     policy = report("dpo", "a" * 64).policy
     recorded(policy, {})
-    files = store.model_files(policy)
-    files.adapter.mkdir(parents=True)
-    (files.adapter / "weights").write_text("dpo")
     decision, shown = decided(instance, resources)
     assert (decision.method, decision.promoted, decision.policy) == ("dpo", True, policy)
     assert shown["decision"] == "dpo: promoted"
     assert shown["registered"] == "aligned-policy-general version 1 (challenger, champion)"
+    files = store.model_files(policy)
     assert (shown["policy"], shown["base"]) == (str(files.adapter), str(files.base))
     client = resources["tracking"].client()
     assert set(client.get_registered_model("aligned-policy-general").aliases) == {"challenger", "champion"}
@@ -156,7 +156,7 @@ def test_a_candidate_that_passes_is_registered_and_becomes_champion(recorded, in
     # The policy's own run is not known to this database, so that the decision's run has its files.
     assert version.run_id == shown["mlflow_run_id"]
     logged = Path(resources["tracking"].artifact_root) / version.run_id / "artifacts" / "model" / "weights"
-    assert logged.read_text() == "dpo"
+    assert logged.read_text() == "aligned_policy/dpo"
 
 
 def test_without_a_report_nobody_is_promoted_and_nothing_registered(instance, resources):

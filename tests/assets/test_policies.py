@@ -32,8 +32,8 @@ def trained(tmp_path, stage_of, cook):
 
 
 def test_a_method_that_learns_from_human_pairs_is_told_their_domains_and_named_by_them(trained):
-    ours = ("everyday", "cooking"), {"preference_domains": "cooking,everyday"}
-    assert trained("dpo", "cook", human_pairs=-1)[:2] == ours
+    domains = ("everyday", "cooking")
+    assert trained("dpo", "cook", human_pairs=-1)[:2] == (domains, {"preference_domains": "cooking,everyday"})
     assert trained("dpo", "general", human_pairs=-1)[:2] == ((), {})
 
 
@@ -44,8 +44,8 @@ def test_where_no_human_pair_takes_part_their_domains_decide_nothing(trained):
 
 def test_a_data_set_of_which_no_pair_is_wanted_is_no_input(trained):
     every = {"sft_checkpoint", "constitutional_preference_pairs", "human_preferences"}
-    assert trained("dpo", "general", human_pairs=-1)[2] == every
-    assert trained("dpo", "general", human_pairs=-1, constitutional_pairs=0)[2] == every - {"constitutional_preference_pairs"}
+    assert trained("dpo", "general", human_pairs=8)[2] == every
+    assert trained("dpo", "general", human_pairs=8, constitutional_pairs=0)[2] == every - {"constitutional_preference_pairs"}
     assert trained("kto", "general", human_pairs=0)[2] == every - {"human_preferences"}
 
 

@@ -179,12 +179,11 @@ def test_runs_for_a_changed_file_build_what_reads_it_and_reuse_the_rest(pulled, 
 
     monkeypatch.setenv("ALIGNMENT_DATA_ROOT", str(pulled))
     resources["dvc"] = DvcData(root=str(pulled))
-    instance, job = dg.DagsterInstance.ephemeral(), defs.resolve_job_def(new_data.job_name)
+    ours = dg.Definitions(assets=defs.assets, asset_checks=defs.asset_checks, jobs=defs.jobs, resources=resources)
+    instance, job = dg.DagsterInstance.ephemeral(), ours.resolve_job_def(new_data.job_name)
 
     def built(constitution: str, tags: Mapping[str, str] | None = None) -> set[str]:
-        done = job.execute_in_process(
-            instance=instance, partition_key=constitution, tags=tags, asset_selection=DATA_SETS, resources=resources
-        )
+        done = job.execute_in_process(instance=instance, partition_key=constitution, tags=tags, asset_selection=DATA_SETS)
         found = {e.asset_key.to_user_string(): e.materialization for e in done.get_asset_materialization_events()}
         assert len(found) == len(DATA_SETS)
         return {name for name, materialization in found.items() if not materialization.metadata["reused"].value}
