@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ConfigDict, Field
 
 from alignment.asking import seed_of
-from alignment.chat import IGNORE, prompt_ids, training_example
+from alignment.chat import IGNORE, prompt_ids, training_examples
 from alignment.context_length import position_limit
 from alignment.errors import UserError
 from alignment.fingerprint import layout
@@ -285,7 +285,7 @@ def _while_loaded(load: Callable[[], PreTrainedModel], use: Callable[[PreTrained
 
 def _nll(model, tokenizer, conversations: Sequence[Conversation], batch_size: int) -> float:
     """Mean negative log-likelihood (nats) of the assistant tokens of those held-out demonstrations that the model can read."""
-    examples = [training_example(tokenizer, [m.model_dump() for m in c.messages]) for c in conversations]
+    examples = [e for c in conversations for e in training_examples(tokenizer, [m.model_dump() for m in c.messages])]
     limit = position_limit(model)
     examples = [e for e in examples if len(e.input_ids) <= limit]
     if not examples:
