@@ -113,17 +113,26 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, str(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a tokenizer, found at `where`, that alignment cannot use.
+
+    Raises:
+        UserError: see `load_tokenizer`.
+    """
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{folder}: the tokenizer has no chat template. Remedy: name one in the recipe (base_model.chat_template: chatml, "
+            f"{where}: the tokenizer has no chat template. Remedy: name one in the recipe (base_model.chat_template: chatml, "
             "plain, or a file of your own)."
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
-            f"{folder}: pad token {tokenizer.pad_token!r} must exist and differ from EOS {tokenizer.eos_token!r}. "
+            f"{where}: pad token {tokenizer.pad_token!r} must exist and differ from EOS {tokenizer.eos_token!r}. "
             "Remedy: name another in the recipe (base_model.pad_token)."
         )
-    return tokenizer
 
 
 def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool = False) -> PreTrainedModel:
