@@ -6,6 +6,7 @@ one from a Hub id or a wheel). `trust_remote_code` stays off unless a recipe say
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -231,6 +232,14 @@ def backbone(model: Any) -> Any:
     (B, T, hidden size) states."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(inner, inner.base_model_prefix)
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """What a forward pass of `model` is told, besides its inputs, where nobody goes on from it: not to gather keys and values.
+    Nothing for models that gather none, and for what is no module of its own."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = inspect.signature(getattr(inner, "forward", inner)).parameters
+    return {"use_cache": False} if "use_cache" in taken else {}
 
 
 def lora_config(settings: LoraSettings, model: PreTrainedModel, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
