@@ -190,7 +190,8 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A sequence classifier with one label, the scalar reward; a score head that is not in the files is drawn from `seed`.
 
-    The tokenizer's pad token is set on the model: the score is read at the last token that is not padding.
+    The tokenizer's pad token is set on the model: the score is read at the last token that is not padding. The head computes in
+    float32, whatever the base does: rewards of two answers may differ by less than two neighbouring 16-bit numbers do.
 
     Raises:
         TemplateError: `tokenizer` renders a conversation differently from the one saved beside the model.
@@ -198,12 +199,28 @@ def load_reward_model(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    _check_same_text(files.adapter or files.base, tokenizer)
+    _check_same_text(files.adapter or files.base, tokenizer, settings)
     _refuse_training_of_4_bit_weights(files, settings, trainable)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
     model.config.pad_token_id = tokenizer.pad_token_id
+    _score_in_float32(model)
     return _with_adapter(model, files, trainable)
+
+
+def _score_in_float32(model: PreTrainedModel) -> None:
+    import torch
+
+    class Float32Head(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            bias = None if self.bias is None else self.bias.float()
+            with torch.autocast(states.device.type, enabled=False):
+                return torch.nn.functional.linear(states.float(), self.weight.float(), bias)
+
+    # Before an adapter is there: peft copies the head to train it, and what was saved is loaded into the copy.
+    head = getattr(model, "score", None)
+    if type(head) is torch.nn.Linear:
+        head.float().__class__ = Float32Head
 
 
 # Two turns, so that what a template writes between them shows, too.
@@ -213,13 +230,13 @@ _PROBE = [
 ]
 
 
-def _check_same_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_same_text(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: LoadSettings) -> None:
     # Scores of a text that is built with another template, or without the EOS, of training look like any other scores.
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
         return
-    own = AutoTokenizer.from_pretrained(str(folder))
+    own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=settings.trust_remote_code)
     if own.chat_template is not None and conversation_ids(own, _PROBE) != conversation_ids(tokenizer, _PROBE):
         raise TemplateError(
             f"{folder}: this reward model was trained on texts that another chat template or tokenizer rendered; its scores of "

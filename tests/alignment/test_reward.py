@@ -129,9 +129,14 @@ def test_saving_and_loading_changes_no_bit_of_a_score(either):
     assert metrics["reload/score_gap"] == 0
 
 
-def test_nor_does_it_in_bfloat16(train):
-    _, metrics, _, _ = train(load=LoadSettings(dtype="bfloat16"))
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_nor_does_it_in_bfloat16_where_rewards_are_float32_numbers_too(train, finetuning):
+    import torch
+
+    _, metrics, table, _ = train(load=LoadSettings(dtype="bfloat16"), finetuning=finetuning)
     assert metrics["reload/score_gap"] == 0
+    rewards = torch.tensor([row["reward_chosen"] for row in table])
+    assert (rewards != rewards.bfloat16()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -162,7 +167,7 @@ def test_small_steps_of_the_score_head_are_not_lost_over_a_16_bit_base(train, co
     _, _, _, folder = train(load=half, optim=optim)
     drawn = load_reward_model(ModelFiles(tiny_model), half, tokenizer=load_tokenizer(tiny_model), seed=optim.seed)
     (head,) = (w for name, w in load_file(folder / "adapter_model.safetensors").items() if "score" in name)
-    assert head.dtype == torch.bfloat16  # as the base, which it is used on
+    assert head.dtype == torch.float32
     assert ((head - drawn.score.weight).abs() > 2e-4).float().mean() > 0.9
 
 
