@@ -76,7 +76,10 @@ class LoadSettings(Config):
         "none", description="nf4 loads the frozen base in 4 bit through bitsandbytes (QLoRA, arXiv 2305.14314)"
     )
     trust_remote_code: bool = Field(False, description="Allow model code shipped with the weights to run")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", **layout("Attention kernel of transformers"))
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        **layout("Attention kernel of transformers; auto: sdpa where the architecture has it, eager elsewhere (Gemma 2)"),
+    )
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,21 @@ class ModelFiles:
 
 
 def resolve_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch dtype that `dtype` means on this machine."""
+    """The torch dtype that `dtype` means on this machine.
+
+    Raises:
+        UserError: bfloat16 is asked of a GPU that only emulates it.
+    """
     import torch
 
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    gpu = torch.cuda.is_available()
+    supported = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else torch.cpu._is_amx_tile_supported()
+    if dtype == "bfloat16" and gpu and not supported:
+        raise UserError(
+            f"load.dtype: bfloat16: this GPU ({torch.cuda.get_device_name()}) only emulates it; NVIDIA's have it from Ampere on. "
+            "Remedy: set load.dtype to auto, which is float32 here."
+        )
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and supported) else torch.float32
 
 
 def device() -> torch.device:
@@ -309,11 +319,12 @@ def _load_kwargs(settings: LoadSettings) -> dict[str, Any]:
     dtype = resolve_dtype(settings.dtype)
     kwargs: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": settings.attention,
         "trust_remote_code": settings.trust_remote_code,
         "use_safetensors": True,
         "device_map": {"": device()},
     }
+    if settings.attention != "auto":
+        kwargs["attn_implementation"] = settings.attention
     if settings.quantization == "nf4":
         from transformers import BitsAndBytesConfig
 
