@@ -103,7 +103,7 @@ def measure_sft(
         UserError: no held-out prompts.
     """
     heldout = _limited(heldout, config)
-    tokenizer = load_tokenizer(base.base)
+    tokenizer = load_tokenizer(base.base, config.load.trust_remote_code)
     n = config.samples_per_prompt
     answers, nll, correct = _while_loaded(
         partial(load_causal_lm, sft, config.load),
@@ -156,7 +156,7 @@ def evaluate_policy(
     settings = theirs.settings
     n = settings.samples_per_prompt
     heldout = _limited(heldout, settings)
-    tokenizer = load_tokenizer(policy.base)
+    tokenizer = load_tokenizer(policy.base, settings.load.trust_remote_code)
     questions, _ = _questions(settings, heldout)
 
     def log_probs(model: PreTrainedModel, answers: Sequence[Completion]) -> list[float]:
