@@ -3,6 +3,10 @@
 A reward model scores exactly the text it was trained on and a policy is prompted exactly as it was fine-tuned, because
 everything goes through these functions (the failure otherwise: scores of text built with another template, or without
 EOS). What a message says is never markup: text that spells a special token is encoded as the characters it consists of.
+
+What a template would add by itself is the same on every day and in every stage: templates that ask for today's date (Llama 3.2)
+get a fixed one, those that let a model think before it answers (Qwen3) are told that it does not, and where a template refuses
+system turns (Gemma), a leading one joins the first user turn.
 """
 
 from __future__ import annotations
@@ -18,11 +22,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+DATE = "26 Jul 2024"  # the one that Llama 3's own templates fall back to
 _ZERO_WIDTH_SPACE = "\u200b"
 
 
 class TemplateError(UserError):
     """The chat template cannot be used for training; the message says why and what to do."""
+
+
+class NotAppending(TemplateError):
+    """The chat template writes the start of a conversation differently once it goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the chat template renders the start of a conversation differently from the whole; assistant tokens cannot be told "
+            "apart. Remedy: set base_model.chat_template: chatml, or another template that only appends."
+        )
 
 
 @dataclass(frozen=True)
@@ -31,12 +46,6 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-
-
-_NOT_APPENDING = (
-    "the chat template renders the start of a conversation differently from the whole; assistant tokens cannot be told "
-    "apart. Remedy: set base_model.chat_template to a template that only appends."
-)
 
 
 def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -56,13 +65,37 @@ def answer_ids(
     """Token ids of a conversation that ends with a user turn, and of the answer to it, EOS included and nothing after it.
 
     Raises:
-        TemplateError: the template renders the conversation differently once it is answered.
+        NotAppending: the template renders the conversation differently once it is answered.
     """
     prompt = prompt_ids(tokenizer, messages)
     whole = conversation_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     if whole[: len(prompt)] != prompt:
-        raise TemplateError(_NOT_APPENDING)
+        raise NotAppending
     return prompt, whole[len(prompt) :]
+
+
+def training_examples(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[Example]:
+    """Tokenise a conversation with the loss on assistant tokens only: one `training_example`, where the template only appends.
+
+    Some templates write a turn differently once others follow (Qwen3 takes the block of thoughts out). Then there is an example
+    for every assistant turn, with the loss on this turn and nothing after it: as the model is prompted for it.
+
+    Raises:
+        TemplateError: the template renders even a single turn differently once it is answered, or ends it without EOS.
+    """
+    try:
+        return [training_example(tokenizer, messages)]
+    except NotAppending:
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return [_last_turn(tokenizer, messages[: i + 1]) for i in answers]
+
+
+def _last_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Example:
+    # A conversation that ends with an assistant turn, with the loss on that one.
+    prompt, answer = answer_ids(tokenizer, messages[:-1], messages[-1]["content"])
+    if tokenizer.eos_token_id not in answer:
+        raise _endless(tokenizer)
+    return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
 
 
 def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Example:
@@ -72,7 +105,8 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
     whole rendering; no `{% generation %}` markers are needed.
 
     Raises:
-        TemplateError: the template renders a prefix differently, or ends no assistant turn with EOS.
+        NotAppending: the template renders a prefix differently.
+        TemplateError: it ends no assistant turn with EOS.
     """
     ids = _render(tokenizer, messages, generation_prompt=False)
     eos = tokenizer.eos_token_id
@@ -80,20 +114,27 @@ def training_example(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = common_length(ids, _render(tokenizer, messages[:i], generation_prompt=True))
-        if start != len(_render(tokenizer, messages[:i], generation_prompt=True)):
-            raise TemplateError(_NOT_APPENDING)
-        turn_end = common_length(ids, _render(tokenizer, messages[: i + 1], generation_prompt=False))
+        before = _render(tokenizer, messages[:i], generation_prompt=True)
+        start = len(before)
+        if ids[:start] != before:
+            raise NotAppending
+        upto = _render(tokenizer, messages[: i + 1], generation_prompt=False)
+        turn_end = common_length(ids, upto)
         if eos not in ids[start:turn_end]:
-            raise TemplateError(
-                f"the chat template does not end an assistant turn with EOS {tokenizer.eos_token!r}, so the model would "
-                "never learn to stop. Remedy: add eos_token to the template, or set base_model.eos_token to the token that "
-                "ends a turn."
-            )
+            # A turn that has an EOS where it is the last is written differently in the whole.
+            raise NotAppending if eos in upto[start:] else _endless(tokenizer)
         end = ids.index(eos, start) + 1
         labels[start:end] = ids[start:end]
     last = _last(ids, eos) + 1
     return Example(ids[:last], labels[:last])
+
+
+def _endless(tokenizer: PreTrainedTokenizerBase) -> TemplateError:
+    return TemplateError(
+        f"the chat template does not end an assistant turn with EOS {tokenizer.eos_token!r}, so the model would "
+        "never learn to stop. Remedy: add eos_token to the template, or set base_model.eos_token to the token that "
+        "ends a turn."
+    )
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -114,7 +155,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
     # is interrupted by a mark before the template is rendered, so that only the template's own special tokens are found.
     specials = _special_tokens(tokenizer)
     marked, mark = _marked(messages, specials)
-    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation_prompt)
+    text = _text(tokenizer, marked, generation_prompt)
     if mark is None:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     parts = re.split("(" + "|".join(map(re.escape, specials)) + ")", text)
@@ -122,6 +163,23 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
     if _ids_of_parts(tokenizer, [p.replace(mark, _ZERO_WIDTH_SPACE) for p in parts]) != visible:
         return visible  # a tokenizer for which text after a special token is not text like any other keeps the space
     return _ids_of_parts(tokenizer, [p.replace(mark, "") for p in parts])
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], generation_prompt: bool) -> str:
+    from jinja2 import TemplateError as JinjaError
+
+    fixed = {"tokenize": False, "enable_thinking": False, "date_string": DATE}  # templates ignore what they do not know
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **fixed)
+    except JinjaError as error:
+        roles = [message["role"] for message in messages]
+        if roles[:2] == ["system", "user"]:  # as Gemma 3 writes them, whose template takes both
+            first = {"role": "user", "content": "\n\n".join(message["content"] for message in messages[:2])}
+            return _text(tokenizer, [first, *messages[2:]], generation_prompt)
+        raise TemplateError(
+            f"the chat template cannot render a conversation of {', '.join(roles)} ({error}). Remedy: give those in which "
+            "user and assistant take turns, or a template that takes these (base_model.chat_template: chatml)."
+        ) from error
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ConfigDict, Field
 
 from alignment.asking import seed_of
-from alignment.chat import IGNORE, prompt_ids, training_example
+from alignment.chat import IGNORE, prompt_ids, training_examples
 from alignment.context_length import position_limit
 from alignment.errors import UserError
 from alignment.fingerprint import layout
@@ -106,7 +106,7 @@ def measure_sft(
         UserError: no held-out prompts.
     """
     heldout = _limited(heldout, config)
-    tokenizer = load_tokenizer(base.base)
+    tokenizer = load_tokenizer(base.base, config.load.trust_remote_code)
     n = config.samples_per_prompt
     answers, nll, correct = _while_loaded(
         partial(load_causal_lm, sft, config.load),
@@ -162,7 +162,7 @@ def evaluate_policy(
         settings = settings.model_copy(update={"sampling": sampling})
     n = settings.samples_per_prompt
     heldout = _limited(heldout, settings)
-    tokenizer = load_tokenizer(policy.base)
+    tokenizer = load_tokenizer(policy.base, settings.load.trust_remote_code)
     questions, _ = _questions(settings, heldout)
 
     def log_probs(model: PreTrainedModel, answers: Sequence[Completion]) -> list[float]:
@@ -291,7 +291,7 @@ def _while_loaded(load: Callable[[], PreTrainedModel], use: Callable[[PreTrained
 
 def _nll(model, tokenizer, conversations: Sequence[Conversation], batch_size: int) -> float:
     """Mean negative log-likelihood (nats) of the assistant tokens of those held-out demonstrations that the model can read."""
-    examples = [training_example(tokenizer, [m.model_dump() for m in c.messages]) for c in conversations]
+    examples = [e for c in conversations for e in training_examples(tokenizer, [m.model_dump() for m in c.messages])]
     limit = position_limit(model)
     examples = [e for e in examples if len(e.input_ids) <= limit]
     if not examples:

@@ -171,7 +171,7 @@ def _generate_batch(
         noise = _noise(settings, seeds)
     out = torch.full((len(prompts), settings.max_new_tokens), tokenizer.pad_token_id)
     with _quick_head(model):
-        batch = read.with_beginnings_of(prompts, tokenizer.pad_token_id).open(
+        batch = read.with_beginnings_of(prompts, tokenizer.pad_token_id, len(prompts)).open(
             prompts, tokenizer.pad_token_id, room=settings.max_new_tokens, least=1
         )
         ids, mask, cache = batch.input_ids, batch.attention_mask, batch.cache

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from alignment.chat import IGNORE, prompt_ids, text_ids
 from alignment.context_length import check_length
+from alignment.models import without_cache
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Row = tuple[list[int], list[int]]  # input ids and labels of equal length; labels are -100 where nothing is asked
+POSITIONS_AT_ONCE = 1024  # as many have their float32 logits in memory together: 0.6 GB of a vocabulary of 150,000
 
 
 def label_log_probs(
@@ -33,9 +35,8 @@ def label_and_last_log_probs(
     """As `label_log_probs`, and beside each sum the log-probability of the row's last label alone."""
     import torch
 
-    def both(logits: torch.Tensor, targets: torch.Tensor, wanted: torch.Tensor) -> list[tuple[float, float]]:
-        logp = logits.log_softmax(-1).gather(-1, targets[wanted].unsqueeze(-1)).squeeze(-1)
-        placed = torch.zeros(targets.shape, device=logp.device).masked_scatter(wanted, logp)
+    def both(logp: torch.Tensor, wanted: torch.Tensor) -> list[tuple[float, float]]:
+        placed = torch.zeros(wanted.shape, device=logp.device).masked_scatter(wanted, logp.squeeze(-1))
         last = (wanted * torch.arange(wanted.shape[1], device=wanted.device)).argmax(-1, keepdim=True)
         return list(zip(placed.sum(-1).tolist(), placed.gather(-1, last).squeeze(-1).tolist(), strict=True))
 
@@ -54,8 +55,8 @@ def first_token_log_probs(
     for conversation in conversations:
         before = prompt_ids(tokenizer, conversation)
         rows.append(([*before, tokens[0]], [*[IGNORE] * len(before), tokens[0]]))
-    # One labelled position a row, so the logits are (B, V).
-    return _read_labelled(model, tokenizer, rows, batch_size, lambda logits, *_: logits.log_softmax(-1)[:, list(tokens)].tolist())
+    # One labelled position a row.
+    return _read_labelled(model, tokenizer, rows, batch_size, lambda logp, _: logp.tolist(), tokens)
 
 
 def _read_labelled(
@@ -63,10 +64,11 @@ def _read_labelled(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch_size: int,
-    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[T]],
+    read: Callable[[torch.Tensor, torch.Tensor], list[T]],
+    tokens: Sequence[int] | None = None,
 ) -> list[T]:
-    # `read` makes one value per row of a batch's logits (N, V) at its N labelled positions, its targets and where they are
-    # labelled, (B, T - 1) both.
+    # `read` makes one value per row of a batch's log-probabilities (N, K) at its N labelled positions, and of where these are,
+    # (B, T - 1). They are those of K `tokens` at every position; of the label there, if none are given.
     import torch
 
     check_length(model, max((len(ids) for ids, _ in rows), default=0), "a text to score", "leave it out, or shorten it")
@@ -89,9 +91,12 @@ def _read_labelled(
             batch = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
             targets = labels[:, 1:].to(model.device)
             wanted = targets != IGNORE
+            asked = targets[wanted].unsqueeze(-1)
+            if tokens is not None:
+                asked = torch.tensor(tokens, device=model.device).expand(len(asked), -1)
             if plain is None:
                 plain = only_projects(inner, {name: tensor[:1] for name, tensor in batch.items()})
-            values = read(next_token_logits(inner, batch, wanted, plain), targets, wanted)
+            values = read(_next_token_log_probs(inner, batch, wanted, plain, asked), wanted)
         out |= dict(zip(picks, values, strict=True))
     return [out[i] for i in range(len(rows))]
 
@@ -103,16 +108,38 @@ def next_token_logits(model: PreTrainedModel, batch: dict, wanted: torch.Tensor,
         model: a causal language model without a PEFT wrapper around it (adapters inside its layers are applied).
         plain: what `only_projects` says of it.
     """
+    states, head = _before_the_head(model, batch, wanted, plain)
+    return head(states).float()
+
+
+def _next_token_log_probs(
+    model: PreTrainedModel, batch: dict, wanted: torch.Tensor, plain: bool, asked: torch.Tensor
+) -> torch.Tensor:
+    # (N, K) log-probabilities of the tokens `asked`, (N, K), at the N wanted positions: see `next_token_logits`.
+    import torch
+
+    states, head = _before_the_head(model, batch, wanted, plain)
+    out = []
+    for some, tokens in zip(states.split(POSITIONS_AT_ONCE), asked.split(POSITIONS_AT_ONCE), strict=True):
+        logits = head(some).float()
+        out.append(logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True))
+    return torch.cat(out)
+
+
+def _before_the_head(model: PreTrainedModel, batch: dict, wanted: torch.Tensor, plain: bool) -> tuple[torch.Tensor, Callable]:
+    # At the wanted positions, the last hidden states (N, hidden size) and what makes logits of them; of models that do more than
+    # project, the logits (N, V), of which nothing is left to be made.
     if plain:
-        states = getattr(model, model.base_model_prefix)(**batch)[0][:, :-1]
-        return model.get_output_embeddings()(states[wanted]).float()
-    return model(**batch).logits[:, :-1][wanted].float()
+        body = getattr(model, model.base_model_prefix)
+        return body(**batch, **without_cache(body))[0][:, :-1][wanted], model.get_output_embeddings()
+    return model(**batch, **without_cache(model)).logits[:, :-1][wanted], lambda logits: logits
 
 
 def only_projects(model: PreTrainedModel, batch: dict) -> bool:
     """Whether a model's logits are its last hidden states times the output embeddings, and nothing more."""
-    states = getattr(model, model.base_model_prefix)(**batch)[0][:, :1]
-    logits = model(**batch).logits[:, :1].float()
+    body = getattr(model, model.base_model_prefix)
+    states = body(**batch, **without_cache(body))[0][:, :1]
+    logits = model(**batch, **without_cache(model)).logits[:, :1].float()
     projected = model.get_output_embeddings()(states.contiguous()).float()
     return bool((projected - logits).abs().max() <= 0.02 * logits.abs().max())
 

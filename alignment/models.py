@@ -6,6 +6,7 @@ one from a Hub id or a wheel). `trust_remote_code` stays off unless a recipe say
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -75,7 +76,10 @@ class LoadSettings(Config):
         "none", description="nf4 loads the frozen base in 4 bit through bitsandbytes (QLoRA, arXiv 2305.14314)"
     )
     trust_remote_code: bool = Field(False, description="Allow model code shipped with the weights to run")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", **layout("Attention kernel of transformers"))
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        **layout("Attention kernel of transformers; auto: sdpa where the architecture has it, eager elsewhere (Gemma 2)"),
+    )
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,21 @@ class ModelFiles:
 
 
 def resolve_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch dtype that `dtype` means on this machine."""
+    """The torch dtype that `dtype` means on this machine.
+
+    Raises:
+        UserError: bfloat16 is asked of a GPU that only emulates it.
+    """
     import torch
 
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    gpu = torch.cuda.is_available()
+    supported = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else torch.cpu._is_amx_tile_supported()
+    if dtype == "bfloat16" and gpu and not supported:
+        raise UserError(
+            f"load.dtype: bfloat16: this GPU ({torch.cuda.get_device_name()}) only emulates it; NVIDIA's have it from Ampere on. "
+            "Remedy: set load.dtype to auto, which is float32 here."
+        )
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and supported) else torch.float32
 
 
 def device() -> torch.device:
@@ -113,17 +124,26 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, str(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a tokenizer, found at `where`, that alignment cannot use.
+
+    Raises:
+        UserError: see `load_tokenizer`.
+    """
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{folder}: the tokenizer has no chat template. Remedy: name one in the recipe (base_model.chat_template: chatml, "
+            f"{where}: the tokenizer has no chat template. Remedy: name one in the recipe (base_model.chat_template: chatml, "
             "plain, or a file of your own)."
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
-            f"{folder}: pad token {tokenizer.pad_token!r} must exist and differ from EOS {tokenizer.eos_token!r}. "
+            f"{where}: pad token {tokenizer.pad_token!r} must exist and differ from EOS {tokenizer.eos_token!r}. "
             "Remedy: name another in the recipe (base_model.pad_token)."
         )
-    return tokenizer
 
 
 def load_causal_lm(files: ModelFiles, settings: LoadSettings, *, trainable: bool = False) -> PreTrainedModel:
@@ -180,7 +200,8 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A sequence classifier with one label, the scalar reward; a score head that is not in the files is drawn from `seed`.
 
-    The tokenizer's pad token is set on the model: the score is read at the last token that is not padding.
+    The tokenizer's pad token is set on the model: the score is read at the last token that is not padding. The head computes in
+    float32, whatever the base does: rewards of two answers may differ by less than two neighbouring 16-bit numbers do.
 
     Raises:
         TemplateError: `tokenizer` renders a conversation differently from the one saved beside the model.
@@ -188,12 +209,28 @@ def load_reward_model(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    _check_same_text(files.adapter or files.base, tokenizer)
+    _check_same_text(files.adapter or files.base, tokenizer, settings)
     _refuse_training_of_4_bit_weights(files, settings, trainable)
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(files.base), num_labels=1, **_load_kwargs(settings))
     model.config.pad_token_id = tokenizer.pad_token_id
+    _score_in_float32(model)
     return _with_adapter(model, files, trainable)
+
+
+def _score_in_float32(model: PreTrainedModel) -> None:
+    import torch
+
+    class Float32Head(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            bias = None if self.bias is None else self.bias.float()
+            with torch.autocast(states.device.type, enabled=False):
+                return torch.nn.functional.linear(states.float(), self.weight.float(), bias)
+
+    # Before an adapter is there: peft copies the head to train it, and what was saved is loaded into the copy.
+    head = getattr(model, "score", None)
+    if type(head) is torch.nn.Linear:
+        head.float().__class__ = Float32Head
 
 
 # Two turns, so that what a template writes between them shows, too.
@@ -203,13 +240,13 @@ _PROBE = [
 ]
 
 
-def _check_same_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_same_text(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: LoadSettings) -> None:
     # Scores of a text that is built with another template, or without the EOS, of training look like any other scores.
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
         return
-    own = AutoTokenizer.from_pretrained(str(folder))
+    own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=settings.trust_remote_code)
     if own.chat_template is not None and conversation_ids(own, _PROBE) != conversation_ids(tokenizer, _PROBE):
         raise TemplateError(
             f"{folder}: this reward model was trained on texts that another chat template or tokenizer rendered; its scores of "
@@ -222,6 +259,14 @@ def backbone(model: Any) -> Any:
     (B, T, hidden size) states."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(inner, inner.base_model_prefix)
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """What a forward pass of `model` is told, besides its inputs, where nobody goes on from it: not to gather keys and values.
+    Nothing for models that gather none, and for what is no module of its own."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    taken = inspect.signature(getattr(inner, "forward", inner)).parameters
+    return {"use_cache": False} if "use_cache" in taken else {}
 
 
 def lora_config(settings: LoraSettings, model: PreTrainedModel, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> Any:
@@ -274,11 +319,12 @@ def _load_kwargs(settings: LoadSettings) -> dict[str, Any]:
     dtype = resolve_dtype(settings.dtype)
     kwargs: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": settings.attention,
         "trust_remote_code": settings.trust_remote_code,
         "use_safetensors": True,
         "device_map": {"": device()},
     }
+    if settings.attention != "auto":
+        kwargs["attn_implementation"] = settings.attention
     if settings.quantization == "nf4":
         from transformers import BitsAndBytesConfig
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WORTH_READING = 16  # tokens that reading a common beginning by itself must save; all of one depth are read in one pass
-KEPT_BYTES = 2**30  # of keys and values that `Prefixes.keep` holds on to
+KEPT_BYTES = 2**30  # of keys and values that one `Prefixes` reads or keeps
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,24 @@ class Prefixes:
         self._read = sorted(read, key=lambda r: r.tokens)
         self._bytes = 0
 
-    def with_beginnings_of(self, rows: Sequence[Sequence[int]], pad: int) -> Prefixes:
-        """These and, newly read, what enough of `rows` have in common; of a row all but its last token."""
+    def with_beginnings_of(self, rows: Sequence[Sequence[int]], pad: int, at_once: int) -> Prefixes:
+        """These and, newly read, what enough of `rows` have in common; of a row all but its last token.
+
+        Args:
+            at_once: most beginnings in one forward pass. No more are read once these take `KEPT_BYTES`.
+        """
         out = Prefixes(self._model, self._read)
         if not can_share(self._model):
             return out
+        body = backbone(self._model)
         for level in common_beginnings(rows):
-            new = [tokens for tokens in level if out.length_of(tokens) < len(tokens)]
-            if new:
-                batch = out.open(new, pad, room=0)
-                backbone(self._model)(**batch.inputs())
+            new = sorted((tokens for tokens in level if out.length_of(tokens) < len(tokens)), key=len)
+            for start in range(0, len(new), at_once):
+                if out._bytes >= KEPT_BYTES:
+                    return out
+                batch = out.open(new[start : start + at_once], pad, room=0)
+                body(**batch.inputs())
+                out._bytes += _size(batch.cache)
                 out.add(batch.cache, batch.input_ids, batch.attention_mask)
         return out
 
@@ -125,9 +133,8 @@ class Prefixes:
         """`add`, as long as less than `KEPT_BYTES` are held; nothing for a model that cannot go on from it."""
         if not can_share(self._model):
             return
-        size = sum(tensor.nbytes for layer in cache.layers for tensor in layer.room)
-        if self._bytes + size <= KEPT_BYTES:
-            self._bytes += size
+        if self._bytes + _size(cache) <= KEPT_BYTES:
+            self._bytes += _size(cache)
             self.add(cache, ids, mask)
 
     def length_of(self, tokens: Sequence[int]) -> int:
@@ -228,6 +235,10 @@ def growing_cache(model: PreTrainedModel, capacity: int):
         return cache  # sliding windows and the like keep the library's layers
     cache.layers = [GrowingLayer() for _ in cache.layers]
     return cache
+
+
+def _size(cache: Any) -> int:
+    return sum(tensor.nbytes for layer in cache.layers for tensor in layer.room)
 
 
 def _fill(cache: Any, found: Sequence[tuple[_Read | None, int]], past: int, capacity: int) -> None:

@@ -42,6 +42,7 @@ from alignment.models import (
     lora_config,
     resolve_dtype,
     save_model,
+    without_cache,
 )
 from alignment.prefixes import Prefixes
 from alignment.progress import SILENT, Log, Progress
@@ -271,12 +272,12 @@ def score(
     for first in range(0, len(alike), _BATCHES_READ_TOGETHER * batch_size):
         near = alike[first : first + _BATCHES_READ_TOGETHER * batch_size]
         with torch.inference_mode():
-            read = Prefixes(model).with_beginnings_of([ids[i] for i in near], pad)
+            read = Prefixes(model).with_beginnings_of([ids[i] for i in near], pad, batch_size)
             order = sorted(near, key=lambda i: len(ids[i]) - read.length_of(ids[i]))
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = read.open([ids[i] for i in rows], pad, room=None, left=False, least=1)
-                logits = model(**batch.inputs()).logits
+                logits = model(**without_cache(model) | batch.inputs()).logits
                 scores |= dict(zip(rows, logits.float().squeeze(-1).tolist(), strict=True))
                 progress.advance(len(rows))
     return [scores[i] for i in range(len(ids))]

@@ -41,8 +41,9 @@ class Scorer:
         """
         folder = files.adapter or files.base
         calibration = read_calibration(folder)
-        tokenizer = load_tokenizer(folder)
-        model = load_reward_model(files, settings or calibration.load, tokenizer=tokenizer)
+        settings = settings or calibration.load
+        tokenizer = load_tokenizer(folder, settings.trust_remote_code)
+        model = load_reward_model(files, settings, tokenizer=tokenizer)
         return cls(model, tokenizer, calibration)
 
     def score(self, prompt: str, response: str) -> float:

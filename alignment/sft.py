@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from alignment.chat import IGNORE, training_example
+from alignment.chat import IGNORE, training_examples
 from alignment.context_length import check_length
 from alignment.cpu import speed_up
 from alignment.errors import UserError
@@ -151,9 +151,9 @@ def loss_and_eos_probability(
 def _tokenise(tokenizer, conversations: Sequence[Conversation], max_length: int) -> tuple[list[dict], int]:
     rows, dropped = [], 0
     for conversation in conversations:
-        example = training_example(tokenizer, [m.model_dump() for m in conversation.messages])
-        if len(example.input_ids) > max_length or all(label == IGNORE for label in example.labels[1:]):
-            dropped += 1
-        else:
-            rows.append({"input_ids": example.input_ids, "labels": example.labels})
+        for example in training_examples(tokenizer, [m.model_dump() for m in conversation.messages]):
+            if len(example.input_ids) > max_length or all(label == IGNORE for label in example.labels[1:]):
+                dropped += 1
+            else:
+                rows.append({"input_ids": example.input_ids, "labels": example.labels})
     return rows, dropped

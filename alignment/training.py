@@ -152,7 +152,6 @@ def run_trainer(trainer: Trainer, work: Path, log: Log, what: str) -> Trained:
     with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
         # Under autocast PEFT's own cast of every input to float32 is undone at once, and costs a tenth of the step.
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    _fit_to_base(trainer.model)
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in trainer.state.log_history:
         for name, value in _numbers(entry).items():
@@ -170,9 +169,8 @@ def free_memory() -> None:
 
 
 def _undo_rounding(model: PreTrainedModel) -> None:
-    # Over a quantised base TRL turns all that is trained into bfloat16, and over a 16-bit one a score head is from the start.
-    # There a step below 1/512 of a weight rounds to nothing: all of them, at the learning rates of DPO. Autocast computes in 16
-    # bit without that.
+    # Over a quantised base TRL turns all that is trained into bfloat16. There a step below 1/512 of a weight rounds to nothing:
+    # all of them, at the learning rates of DPO. Autocast computes in 16 bit without that.
     for parameter in model.parameters():
         if parameter.requires_grad and hasattr(model, "peft_config"):
             parameter.data = parameter.data.float()
@@ -188,14 +186,6 @@ def _end_at_the_last_step(trainer: Trainer) -> None:
             run_epoch(*args, **kwargs)
 
     trainer._run_epoch = run_what_is_left
-
-
-def _fit_to_base(model: PreTrainedModel) -> None:
-    # From here on there is no autocast: a score head gets what the base computes, also where it is loaded anew.
-    dtype = model.get_input_embeddings().weight.dtype
-    for name, parameter in model.named_parameters():
-        if ".modules_to_save." in name:
-            parameter.data = parameter.data.to(dtype)
 
 
 def _drop_incomplete(folder: Path, keep: Path | None) -> None:

@@ -44,7 +44,7 @@ def who_revises(
     from alignment.models import load_reward_model, load_tokenizer
 
     who = answerers({"sampler": config.sampler, "critic": config.critic}, checkpoint, store, config.load, work)
-    tokenizer = load_tokenizer(store.model_files(checkpoint).base)
+    tokenizer = load_tokenizer(store.model_files(checkpoint).base, config.load.trust_remote_code)
     scorer = load_reward_model(store.model_files(reward_model), config.load, tokenizer=tokenizer)
     return who["sampler"], who["critic"], reward_judge(scorer, tokenizer, config.score_batch_size)
 
@@ -61,4 +61,5 @@ def _local(settings: AnswererSettings, checkpoint: Checkpoint, store: ArtifactSt
             )
         handle = checkpoint.adapter_of
     files = store.model_files(handle)
-    return LocalAnswerer(load_causal_lm(files, load), load_tokenizer(files.base), identity=handle.fingerprint)
+    tokenizer = load_tokenizer(files.base, load.trust_remote_code)
+    return LocalAnswerer(load_causal_lm(files, load), tokenizer, identity=handle.fingerprint)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from alignment.added_tokens import add_special_tokens, embed_new_tokens
-from alignment.chat import training_example
+from alignment.chat import TemplateError, training_examples
 from alignment.chat_templates import SHIPPED, ChatTemplate, shipped_chat_template
 from alignment.errors import UserError
 from alignment.fingerprint import layout
-from alignment.models import Config, load_tokenizer
+from alignment.models import Config, check_tokenizer, load_tokenizer
 from alignment.progress import Log
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CODE_VERSION = "1"
 PAD = "<|pad|>"  # added where a supplied template leaves a model without a token to pad with
+# Tokens that models have to pad with, or never use; the last two are those of Llama 3.
+PADS = ("<|endoftext|>", "<pad>", "<unk>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 
 
 class BaseModelConfig(Config):
@@ -96,10 +98,9 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
 
     Raises:
         ModelSourceError: files are missing or damaged, or a token is.
-        UserError: the model lacks a chat template, or the one given cannot be used for training.
+        UserError: the model lacks a chat template, or the one it has cannot be used for training.
     """
     import torch
-    from transformers import AutoTokenizer
 
     source.fetch(folder, log)
     if not list(folder.glob("*.safetensors")):
@@ -107,14 +108,9 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
             f"{config.name}: has no .safetensors files. Pickled weights are never loaded. Remedy: choose a revision "
             "with safetensors, or convert the model once with save_pretrained."
         )
-    with _whole(config, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
-    template = _template(config)
-    added = _settle_tokens(config, template, tokenizer)
+    tokenizer, added = _settled_tokenizer(config, folder)
     tokenizer.save_pretrained(str(folder))
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
-    if template.text:
-        _check_template(config, tokenizer)
     if added:
         log.say(f"adding to the vocabulary: {' '.join(tokenizer.convert_ids_to_tokens(added))}")
         model = _load(config, folder)
@@ -129,7 +125,7 @@ def fetch_model(config: BaseModelConfig, source: ResolvedSource, folder: Path, l
     if not torch.isfinite(logits).all():
         raise ModelSourceError(f"{config.name}: gives logits that are not finite. Remedy: fetch it again.")
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if template.eos_token:
+    if _template(config).eos_token:
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.save_pretrained(str(folder))
     model.generation_config.save_pretrained(str(folder))
@@ -145,6 +141,23 @@ def _load(config: BaseModelConfig, folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(
             str(folder), use_safetensors=True, trust_remote_code=config.trust_remote_code, dtype="auto"
         )
+
+
+def _settled_tokenizer(config: BaseModelConfig, folder: Path) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The tokenizer in `folder`, which needs no weights, with its chat template, EOS and pad token; and the ids of added tokens.
+
+    Raises:
+        UserError: it cannot be loaded, or is of no use for alignment.
+    """
+    from transformers import AutoTokenizer
+
+    template = _template(config)
+    with _whole(config, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+    added = _settle_tokens(config, template, tokenizer)
+    check_tokenizer(tokenizer, config.name)
+    _check_template(config, tokenizer)
+    return tokenizer, added
 
 
 def _settle_tokens(config: BaseModelConfig, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -163,7 +176,7 @@ def _settle_tokens(config: BaseModelConfig, template: ChatTemplate, tokenizer: P
     if config.pad_token:
         tokenizer.pad_token = config.pad_token
     elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        known = [t for t in ("<|endoftext|>", "<pad>", "<unk>") if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
+        known = [t for t in PADS if t in tokenizer.get_vocab() and t != tokenizer.eos_token]
         if not known and not template.text:
             raise ModelSourceError(
                 f"{config.name}: pad token equals EOS and no other pad token is known. Remedy: set base_model.pad_token."
@@ -175,15 +188,12 @@ def _settle_tokens(config: BaseModelConfig, template: ChatTemplate, tokenizer: P
 
 
 def _check_template(config: BaseModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    from jinja2 import TemplateError
-
     turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
     try:
-        training_example(tokenizer, turn + turn)
+        training_examples(tokenizer, turn + turn)
     except TemplateError as error:
-        raise ModelSourceError(
-            f"base_model.chat_template: {config.chat_template}: cannot be rendered ({error}). Remedy: correct the template."
-        ) from error
+        which = config.chat_template or "the template of the model itself"
+        raise TemplateError(f"base_model.chat_template: {which}: {error}") from error
 
 
 @contextmanager
@@ -227,11 +237,12 @@ def _hub(config: BaseModelConfig) -> ResolvedSource:
     from huggingface_hub import HfApi, snapshot_download
 
     # HTTPError is the base of all errors of the HTTP client, whichever the installed version builds on.
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     if not config.trust_remote_code:
         patterns.remove("*.py")
+    unused = ["consolidated*.safetensors", "*/*"]  # the same weights once more (Mistral), and what is in folders
     try:
         commit = HfApi().model_info(config.name, revision=config.revision, timeout=20).sha
     except (HTTPError, HFValidationError, OSError) as error:
@@ -246,8 +257,19 @@ def _hub(config: BaseModelConfig) -> ResolvedSource:
             ) from error
 
     def fetch(folder: Path, log: Log) -> None:
+        def download(allowed: list[str]) -> Path:
+            return Path(snapshot_download(config.name, revision=commit, allow_patterns=allowed, ignore_patterns=unused))
+
         log.say(f"downloading {config.name} at {commit}")
-        snapshot = Path(snapshot_download(config.name, revision=commit, allow_patterns=patterns))
+        try:
+            # The small files first: a tokenizer or template that cannot be used is not worth gigabytes.
+            _settled_tokenizer(config, download([pattern for pattern in patterns if pattern != "*.safetensors"]))
+            snapshot = download(patterns)
+        except GatedRepoError as error:
+            raise ModelSourceError(
+                f"base_model.name: {config.name}: only those who accepted its licence may download it. Remedy: accept it on "
+                f"https://huggingface.co/{config.name} and set HF_TOKEN to a token of that account."
+            ) from error
         _copy(snapshot, folder, link=True)
 
     return ResolvedSource(f"hub:{config.name}@{commit}", fetch)

@@ -323,3 +323,18 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def tokenizers_with_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tokenizer comes with code of its own, as far as `AutoTokenizer` can tell: it is loaded where that is trusted only."""
+    from transformers import AutoTokenizer
+
+    load = AutoTokenizer.from_pretrained
+
+    def from_pretrained(*args: Any, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+        if not trust_remote_code:
+            raise ValueError("Please pass the argument `trust_remote_code=True`")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from alignment.methods.roles import computing_in, micro_batches, switch_on
-from alignment.models import backbone
+from alignment.models import backbone, without_cache
 
 if TYPE_CHECKING:
     import torch
@@ -98,13 +98,15 @@ class FrozenLayers:
 
         inside = batch["attention_mask"].bool()
         tolerance = 1e-3 if self._model.get_input_embeddings().weight.dtype == torch.float32 else 0.02
+        body = backbone(self._model)
+        inputs = batch | without_cache(body)
         with torch.no_grad(), computing_in(self._model):
             for name in self.depths:
                 switch_on(self._adapters, name)
-                whole = backbone(self._model)(**batch)[0][inside].float()
+                whole = body(**inputs)[0][inside].float()
                 try:
                     with self.skipped(name, **batch):
-                        skipping = backbone(self._model)(**batch)[0][inside].float()
+                        skipping = body(**inputs)[0][inside].float()
                 except Exception as error:  # of whatever kind: a layer of unknown layout was called in an unknown way
                     raise NotFrozen(f"the model cannot be run from its middle ({type(error).__name__}: {error})") from error
                 # A comparison with NaN is false, so that NaN is refused.
@@ -145,6 +147,7 @@ class FrozenLayers:
         # Of the adapters, only the one that begins highest is nowhere on the way.
         switch_on(self._adapters, self._deepest)
         hooks = [self._layers[depth - 1].register_forward_hook(reading(depth)) for depth in depths]
+        body = backbone(self._model)
         try:
             # The reward model scores in inference mode, whose tensors no gradient can be computed from.
             with (
@@ -153,7 +156,7 @@ class FrozenLayers:
                 computing_in(self._model),
                 self._replaced(dict.fromkeys(range(depths[-1], len(self._layers)), self._passing)),
             ):
-                backbone(self._model)(input_ids=ids, attention_mask=mask)
+                body(input_ids=ids, attention_mask=mask, **without_cache(body))
         finally:
             for hook in hooks:
                 hook.remove()

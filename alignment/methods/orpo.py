@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -34,6 +35,10 @@ from alignment.models import (
 from alignment.progress import SILENT, Log, quiet
 from alignment.records import PreferencePair
 from alignment.training import OptimSettings, Trained, length_grouped, run_trainer, trainer_arguments
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 CODE_VERSION = "2"
 
@@ -77,6 +82,7 @@ def train_orpo(
     lengths = [max(len(row["chosen_input_ids"]), len(row["rejected_input_ids"])) for row in rows]
     model, adapter = load_for_training(base, finetuning=config.finetuning, lora=config.lora, load=config.load)
     check_length(model, config.max_length, "max_length", "lower it")
+    dtype = model.get_input_embeddings().weight.dtype
 
     class TokenisedOrpoTrainer(ORPOTrainer):
         def tokenize_row(self, feature, model=None):
@@ -104,6 +110,8 @@ def train_orpo(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    if config.load.quantization == "nf4":
+        _undo_casting(trainer.model, dtype)
     trained = run_trainer(trainer, work, log, "ORPO")
     save_model(trainer.model, tokenizer, out / "model", resolve_dtype(config.load.dtype))
     metrics = {
@@ -125,3 +133,11 @@ def _columns(side: str, row: dict[str, list[int]], max_length: int) -> dict[str,
     ids = (row["prompt_ids"] + row[f"{side}_ids"])[:max_length]
     labels = ([IGNORE] * len(row["prompt_ids"]) + row[f"{side}_ids"])[:max_length]
     return {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids), f"{side}_labels": labels}
+
+
+def _undo_casting(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    # TRL casts what of a quantised base is not in 4 bit (embeddings, norms, the vocabulary's head) to float32, and with it all
+    # states between the layers. No other method trains so, and no later stage computes so.
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -27,6 +27,8 @@ from alignment.models import (
     load_for_training,
     load_reward_model,
     lora_config,
+    resolve_dtype,
+    without_cache,
 )
 
 if TYPE_CHECKING:
@@ -114,8 +116,17 @@ _PASS_ON_CPU, _PASS_ELSEWHERE = 32, 1_000_000
 class LanguageRole:
     """A causal language model: the policy or the reference."""
 
-    def __init__(self, model: PreTrainedModel, adapters: PeftModel | None, name: str, *, without_adapter: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapters: PeftModel | None,
+        name: str,
+        dtype: torch.dtype,
+        *,
+        without_adapter: bool = False,
+    ) -> None:
         self._model, self._adapters, self.name, self._bare = model, adapters, name, without_adapter
+        self._dtype = dtype
         self._plain: bool | None = None
         self.frozen: FrozenLayers | None = None
 
@@ -127,7 +138,7 @@ class LanguageRole:
         `entropy` is false."""
         import torch
 
-        with self.active(), computing_in(self._model):
+        with self.active(), computing_in(self._model, self._dtype):
             if self._plain is None:
                 with torch.no_grad():
                     self._plain = only_projects(self._model, {k: v[:1] for k, v in batch.inputs.items()})
@@ -156,19 +167,24 @@ class LanguageRole:
 
     @contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:
-        """The model in the form that is fastest to sample from, while it lasts: adapter weights in the base's precision or, where
-        that is 32 bit, added to the base's. (In 16 bit the sum would round: not quite the policy that learns would answer.)"""
+        """The model in the form that is fastest to sample from, while it lasts: a full one as it computes in training; adapter
+        weights in the base's precision or, where that is 32 bit, added to the base's. (In 16 bit the sum would round: not quite
+        the policy that learns would answer.)"""
         import torch
 
+        if self._adapters is None:
+            with computing_in(self._model, self._dtype):
+                yield self._model
+            return
         with self.active() as model:
             dtype = model.get_input_embeddings().weight.dtype
             kept = {}
-            if self._adapters is not None and dtype != torch.float32:
+            if dtype != torch.float32:
                 kept = {p: p.data for p in self.trainable().values()}
             try:
                 for parameter, data in kept.items():
                     parameter.data = data.to(dtype)
-                with _merged(self._adapters, self.name) if self._adapters is not None else nullcontext():
+                with _merged(self._adapters, self.name):
                     yield model
             finally:
                 for parameter, data in kept.items():
@@ -178,10 +194,10 @@ class LanguageRole:
 class CriticRole:
     """A value per sampled token: a backbone and a linear head without bias."""
 
-    def __init__(self, model: PreTrainedModel, adapters: PeftModel | None, head: torch.Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: PeftModel | None, head: torch.Tensor, dtype: torch.dtype) -> None:
         import torch
 
-        self._model, self._adapters = model, adapters
+        self._model, self._adapters, self._dtype = model, adapters, dtype
         self.head = torch.nn.Parameter(head.detach().float().clone().to(model.device))  # (1, hidden size)
         self.frozen: FrozenLayers | None = None
 
@@ -191,8 +207,9 @@ class CriticRole:
 
         if self._adapters is not None:
             switch_on(self._adapters, CRITIC)
-        with computing_in(self._model), _skipped(self.frozen, CRITIC, batch.inputs):
-            states = backbone(self._model)(**batch.inputs)[0][:, :-1][batch.wanted]
+        with computing_in(self._model, self._dtype), _skipped(self.frozen, CRITIC, batch.inputs):
+            body = backbone(self._model)
+            states = body(**batch.inputs, **without_cache(body))[0][:, :-1][batch.wanted]
         with torch.autocast(states.device.type, enabled=False):
             return (states.float() @ self.head.T).squeeze(-1)
 
@@ -207,7 +224,7 @@ class SharedScorer:
     """The reward model as an adapter of the shared base, with the forward of a sequence classifier: `logits` (B, 1)."""
 
     def __init__(self, model: PreTrainedModel, adapters: PeftModel, head: torch.Tensor) -> None:
-        self._model, self._adapters, self._head = model, adapters, head.to(model.device)
+        self._model, self._adapters, self._head = model, adapters, head.float().to(model.device)
         self.frozen: FrozenLayers | None = None
 
     @property
@@ -226,9 +243,10 @@ class SharedScorer:
         switch_on(self._adapters, REWARD)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         with _skipped(self.frozen, REWARD, batch):
-            states = backbone(self._model)(**batch)[0]
+            body = backbone(self._model)
+            states = body(**batch, **without_cache(body))[0]
         last = states[torch.arange(len(states), device=states.device), attention_mask.sum(1) - 1]
-        return SequenceClassifierOutputWithPast(logits=last @ self._head.to(last.dtype).T)
+        return SequenceClassifierOutputWithPast(logits=last.float() @ self._head.T)
 
 
 @dataclass
@@ -279,7 +297,9 @@ def make_roles(
     """
     from_reward = critic_from_reward and reward is not None
     shared = share_base and not full
+    dtype = resolve_dtype(load.dtype)
     policy_model, adapter = load_for_training(sft, finetuning="full" if full else "lora", lora=lora, load=load)
+    scorer_load = load
     if full:
         load = load.model_copy(update={"dtype": "float32"})  # as the policy
     if adapter is not None:
@@ -287,28 +307,29 @@ def make_roles(
     policy_model.eval()  # no dropout: the ratio between two passes is to measure the update alone
     inner = policy_model if full else policy_model.get_base_model()
     peft = None if full else policy_model
-    policy = LanguageRole(inner, peft, POLICY)
+    policy = LanguageRole(inner, peft, POLICY, dtype)
     if shared and sft.adapter is not None:
         _add_adapter(peft, sft.adapter, REFERENCE)
-        reference = LanguageRole(inner, peft, REFERENCE)
+        reference = LanguageRole(inner, peft, REFERENCE, dtype)
     elif shared:
-        reference = LanguageRole(inner, peft, POLICY, without_adapter=True)
+        reference = LanguageRole(inner, peft, POLICY, dtype, without_adapter=True)
     else:
         # Not merged: merging rounds, and the difference between policy and reference is to begin at exactly 0.
         other = load_causal_lm(sft, load, trainable=sft.adapter is not None).eval().requires_grad_(False)
-        reference = (
-            LanguageRole(other, None, POLICY) if sft.adapter is None else LanguageRole(other.get_base_model(), other, POLICY)
-        )
+        if sft.adapter is None:
+            reference = LanguageRole(other, None, POLICY, dtype)
+        else:
+            reference = LanguageRole(other.get_base_model(), other, POLICY, dtype)
     on_shared = shared and reward is not None and reward.adapter is not None and reward.base == sft.base
     scorer, head = None, None
     if on_shared:
         head = _add_adapter(peft, reward.adapter, REWARD)
         scorer = SharedScorer(inner, peft, head)
     elif reward is not None:
-        scorer = load_reward_model(reward, load, tokenizer=reward_tokenizer).requires_grad_(False)
+        scorer = load_reward_model(reward, scorer_load, tokenizer=reward_tokenizer).requires_grad_(False)
     if on_shared and from_reward:
         _add_adapter(peft, reward.adapter, CRITIC, trainable=True)
-        critic = CriticRole(inner, peft, head)
+        critic = CriticRole(inner, peft, head, dtype)
     elif shared:
         start = sft.adapter
         if from_reward:
@@ -320,9 +341,9 @@ def make_roles(
             _add_adapter(peft, start, CRITIC, trainable=True)
         else:
             peft.add_adapter(CRITIC, lora_config(lora, inner, "CAUSAL_LM"))
-        critic = CriticRole(inner, peft, _zeros(inner))
+        critic = CriticRole(inner, peft, _zeros(inner), dtype)
     else:
-        critic = _own_critic(sft, reward if from_reward else None, load, reward_tokenizer, full, lora, seed)
+        critic = _own_critic(sft, reward if from_reward else None, load, reward_tokenizer, full, lora, dtype)
     policy_model.eval()  # new adapters come in training mode, and adding a frozen one freezes the active one
     if peft is not None:
         peft.set_adapter(POLICY)
@@ -348,12 +369,12 @@ def _skipped(frozen: FrozenLayers | None, name: str, batch: dict[str, torch.Tens
 
 
 @contextmanager
-def computing_in(model: PreTrainedModel) -> Iterator[None]:
-    """Autocast to the base's precision where that is 16 bit; adapters keep float32 weights."""
+def computing_in(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Autocast to `dtype` (the base's, if none is given) where that is 16 bit; what is trained keeps float32 weights."""
     import torch
     from peft.helpers import disable_input_dtype_casting
 
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = dtype or model.get_input_embeddings().weight.dtype
     half = dtype != torch.float32
     # Under autocast PEFT's own cast of every input to float32 would be undone at once.
     with torch.autocast(model.device.type, dtype=dtype if half else None, enabled=half), disable_input_dtype_casting(model, half):
@@ -424,7 +445,7 @@ def _add_adapter(peft: PeftModel, folder: Path, name: str, *, trainable: bool = 
     return head
 
 
-def _own_critic(sft, reward, load, tokenizer, full, lora, seed) -> CriticRole:
+def _own_critic(sft, reward, load, tokenizer, full, lora, dtype) -> CriticRole:
     from peft import get_peft_model
 
     # Of a full model, LoRA trains a new adapter, made below; its own weights may then be in 4 bit.
@@ -443,7 +464,7 @@ def _own_critic(sft, reward, load, tokenizer, full, lora, seed) -> CriticRole:
         adapter.task_type = None  # a classifier generates nothing
         model = get_peft_model(inner, adapter)
     model.eval()
-    return CriticRole(inner, None, head)
+    return CriticRole(inner, None, head, dtype)
 
 
 def _zeros(model: PreTrainedModel) -> torch.Tensor:

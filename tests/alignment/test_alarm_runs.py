@@ -100,13 +100,12 @@ def test_a_healthy_sft_is_silent(polite):
 
 
 def relabelled(monkeypatch, change):
-    real = alignment.sft.training_example
+    real = alignment.sft.training_examples
 
-    def example(tokenizer, messages):
-        made = real(tokenizer, messages)
-        return Example(made.input_ids, change(made.labels))
+    def examples(tokenizer, messages):
+        return [Example(made.input_ids, change(made.labels)) for made in real(tokenizer, messages)]
 
-    monkeypatch.setattr(alignment.sft, "training_example", example)
+    monkeypatch.setattr(alignment.sft, "training_examples", examples)
 
 
 def test_rows_without_a_labelled_token_are_an_error(sft, monkeypatch):

@@ -193,7 +193,7 @@ def test_a_template_of_ones_own_names_its_tokens(bare, tmp_path):
     with pytest.raises(ModelSourceError, match=r"base_model\.eos_token: '<\|no\|>' is not in .*Remedy.*added_tokens"):
         resolve(bare["gpt2"], tmp_path / "unknown", **settings, eos_token="<|no|>")
     template.write_text("{% for m in messages %}")
-    with pytest.raises(ModelSourceError, match=r"base_model\.chat_template: .*mine\.jinja: cannot be rendered .*Remedy"):
+    with pytest.raises(TemplateError, match=r"base_model\.chat_template: .*mine\.jinja: .* cannot render .*Remedy"):
         resolve(bare["gpt2"], tmp_path / "broken", **settings, eos_token="<|stop|>")
 
 

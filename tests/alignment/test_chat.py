@@ -3,7 +3,16 @@
 import pytest
 
 from alignment import chat
-from alignment.chat import IGNORE, TemplateError, conversation_ids, prompt_ids, text_ids, training_example
+from alignment.chat import (
+    DATE,
+    IGNORE,
+    TemplateError,
+    conversation_ids,
+    prompt_ids,
+    text_ids,
+    training_example,
+    training_examples,
+)
 
 EOS = "<|im_end|>"
 SINGLE = [("user", "What is a leap year?"), ("assistant", "A year with 366 days.")]
@@ -58,6 +67,7 @@ def test_every_turn_is_in_the_input_and_the_last_token_is_a_trained_eos(tokenize
 @conversations
 def test_scoring_sees_what_was_trained_on_and_prompts_are_its_beginning(tokenizer, turns):
     example = training_example(tokenizer, messages(turns))
+    assert training_examples(tokenizer, messages(turns)) == [example]
     assert conversation_ids(tokenizer, messages(turns)) == example.input_ids
     before = prompt_ids(tokenizer, messages(turns[:-1]))
     assert example.input_ids[: len(before)] == before
@@ -168,8 +178,9 @@ def test_a_template_that_renders_a_prefix_differently_is_refused(tokenizer, rewr
     template = tokenizer.chat_template
     tokenizer.chat_template = rewrite(template)
     assert tokenizer.chat_template != template
-    with pytest.raises(TemplateError, match=r"differently from the whole.*Remedy"):
-        training_example(tokenizer, messages(MULTI_TURN))
+    for tokenise in (training_example, training_examples):
+        with pytest.raises(TemplateError, match=r"differently from the whole.*Remedy: set base_model\.chat_template: chatml"):
+            tokenise(tokenizer, messages(MULTI_TURN))
 
 
 # Templates of well-known models beside TRL's own training variants of them, which mark assistant tokens by hand.
@@ -218,3 +229,56 @@ def test_a_template_that_writes_eos_once_at_the_very_end_never_labels_a_user_tur
     except TemplateError:
         return
     assert "And the next one?" not in "".join(labelled_spans(tokenizer, example))
+
+
+# --- What templates of well-known models add or refuse ----------------------------------------------------------------
+
+
+def set_trl_template(tokenizer, name):
+    from trl import chat_template_utils
+
+    tokenizer.chat_template = getattr(chat_template_utils, f"{name}_chat_template")
+
+
+@conversations
+def test_a_model_that_can_think_is_trained_and_prompted_not_to(tokenizer, turns):
+    set_trl_template(tokenizer, "qwen3")
+    answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
+    examples = training_examples(tokenizer, messages(turns))
+    assert [labelled_spans(tokenizer, example) for example in examples] == [[turns[i][1] + EOS] for i in answers]
+    for i, example in zip(answers, examples, strict=True):
+        before = prompt_ids(tokenizer, messages(turns[:i]))
+        assert tokenizer.decode(before).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+        assert example.input_ids[: len(before)] == before
+        assert example.input_ids == conversation_ids(tokenizer, messages(turns[: i + 1]))
+
+
+def test_a_turn_whose_end_is_taken_out_once_others_follow_is_trained_where_it_is_the_last(tokenizer):
+    end = "('<|im_end|>' if loop.last or message['role'] == 'user' else '')"
+    tokenizer.chat_template = tokenizer.chat_template.replace("'<|im_end|>'", end)
+    examples = training_examples(tokenizer, messages(MULTI_TURN[1:]))
+    spans = [labelled_spans(tokenizer, example) for example in examples]
+    assert spans == [[text + EOS] for role, text in MULTI_TURN if role == "assistant"]
+
+
+def test_a_system_turn_that_a_template_refuses_joins_the_first_user_turn(tokenizer):
+    set_trl_template(tokenizer, "gemma")
+    tokenizer.add_special_tokens({"eos_token": "<end_of_turn>"})
+    system, (_, asked), *rest = [("system", f"Be <end_of_turn> {EOS} brief."), *MULTI_TURN[1:]]
+    folded = messages([("user", f"{system[1]}\n\n{asked}"), *rest])
+    turns = messages([system, ("user", asked), *rest])
+    assert training_examples(tokenizer, turns) == [training_example(tokenizer, folded)]
+    assert conversation_ids(tokenizer, turns) == conversation_ids(tokenizer, folded)
+    assert prompt_ids(tokenizer, turns[:2]) == prompt_ids(tokenizer, folded[:1])
+    assert conversation_ids(tokenizer, turns).count(tokenizer.eos_token_id) == len(folded)
+
+
+def test_roles_that_a_template_refuses_are_one_clear_error(tokenizer):
+    set_trl_template(tokenizer, "gemma")
+    with pytest.raises(TemplateError, match=r"cannot render a conversation of user, user \(.* must alternate .*Remedy.*: chatml"):
+        prompt_ids(tokenizer, messages([("user", "a"), ("user", "b")]))
+
+
+def test_a_template_that_asks_for_the_date_gets_the_same_on_every_day(tokenizer):
+    set_trl_template(tokenizer, "llama3_2")
+    assert f"Today Date: {DATE}\n" in tokenizer.decode(prompt_ids(tokenizer, messages(SINGLE[:1])))

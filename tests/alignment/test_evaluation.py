@@ -74,6 +74,18 @@ def test_no_two_models_are_in_memory_at_a_time(tiny_model, float32, monkeypatch)
     assert beside == [0] * 8  # SFT, base and two scorers; policy, SFT and two scorers
 
 
+def test_a_tokenizer_with_code_of_its_own_is_trusted_where_the_settings_say_so(tiny_model, tokenizers_with_code):
+    files = ModelFiles(tiny_model)
+    heldout = Heldout(prompts=(Prompt(id="q", prompt="Why?"),))
+    models = {"sft": files, "evaluator": files, "reward_model": files, "heldout": heldout}
+    load = LoadSettings(dtype="float32", trust_remote_code=True)
+    settings = SftReportConfig(sampling=SamplingSettings(max_new_tokens=4), load=load)
+    theirs, _, rows = measure_sft(settings, base=files, **models)
+    evaluate_policy(ReportConfig(), theirs=theirs, base_rows=rows, policy=files, **models)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        measure_sft(settings.model_copy(update={"load": LoadSettings(dtype="float32")}), base=files, **models)
+
+
 def test_a_policy_may_answer_in_smaller_batches_than_the_sft_checkpoint_did(tiny_model, float32, monkeypatch):
     sizes = []
 

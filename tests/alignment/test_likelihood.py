@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from alignment import likelihood
 from alignment.chat import IGNORE, prompt_ids
-from alignment.likelihood import answer_log_probs, label_log_probs
+from alignment.likelihood import answer_log_probs, first_token_log_probs, label_and_last_log_probs, label_log_probs
 from alignment.models import ModelFiles, load_causal_lm
 
 QUESTIONS = ["Hi", "What is a leap year?", "x" * 60, "東京"]
@@ -134,3 +135,26 @@ def test_models_that_rescale_or_cap_their_logits(tokenizer, architecture):
         model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, logits_scaling=8.0)).eval()
     rows = random_rows(4, 3)
     assert label_log_probs(model, tokenizer, rows, 4) == pytest.approx(by_hand(model, rows), abs=1e-2, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_the_vocabulary_is_projected_a_few_positions_at_a_time(any_model, tokenizer, monkeypatch, batch_size):
+    rows, at_once = random_rows(), []
+    hook = any_model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: at_once.append(out.shape[:-1]))
+    monkeypatch.setattr(likelihood, "POSITIONS_AT_ONCE", 7)
+    got = label_and_last_log_probs(any_model, tokenizer, rows, batch_size)
+    hook.remove()
+    assert max(shape[0] for shape in at_once if len(shape) == 1) == 7
+    assert [total for total, _ in got] == pytest.approx(by_hand(any_model, rows), abs=1e-3, rel=1e-5)
+    whole = [(ids, [IGNORE] * (len(ids) - 1) + labels[-1:]) for ids, labels in rows if labels[-1] != IGNORE]
+    lasts = [last for (_, last), (_, labels) in zip(got, rows, strict=True) if labels[-1] != IGNORE]
+    assert lasts == pytest.approx(by_hand(any_model, whole), abs=1e-3)
+
+
+def test_the_first_tokens_log_probabilities_are_the_softmaxs(any_model, tokenizer):
+    tokens = [5, 40, 200]
+    got = first_token_log_probs(any_model, tokenizer, CONVERSATIONS, tokens, 3)
+    for conversation, found in zip(CONVERSATIONS, got, strict=True):
+        with torch.inference_mode():
+            logits = any_model(torch.tensor([prompt_ids(tokenizer, conversation)])).logits[0, -1].float()
+        assert found == pytest.approx(logits.log_softmax(-1)[tokens].tolist(), abs=1e-4)

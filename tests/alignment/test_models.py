@@ -17,6 +17,7 @@ from alignment.models import (
     load_reward_model,
     load_tokenizer,
     lora_config,
+    resolve_dtype,
     save_model,
 )
 from alignment.progress import Log
@@ -121,6 +122,55 @@ def test_a_reward_model_does_not_score_texts_of_another_template(damaged, tiny_m
         load_reward_model(ModelFiles(tiny_model, folder), float32, tokenizer=tokenizer)
     own = load_tokenizer(folder)
     assert load_reward_model(ModelFiles(folder), float32, tokenizer=own).config.num_labels == 1
+
+
+# --- What a machine and an architecture have --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_that_a_gpu_only_emulates_is_not_taken_and_not_given(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert resolve_dtype("float32") == torch.float32
+    assert resolve_dtype("auto") == (torch.bfloat16 if native else torch.float32)
+    if native:
+        assert resolve_dtype("bfloat16") == torch.bfloat16
+    else:
+        with pytest.raises(UserError, match=r"load\.dtype: bfloat16: this GPU \(Tesla T4\) only emulates it.*Remedy.*auto"):
+            resolve_dtype("bfloat16")
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama"])
+def test_the_attention_kernel_is_one_that_the_architecture_has(tiny_model, tokenizer, tmp_path, architecture):
+    folder = tiny_model
+    if architecture == "gemma2":
+        from transformers import Gemma2Config, Gemma2ForCausalLM
+
+        size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **size)
+        folder = tmp_path / "gemma2"
+        Gemma2ForCausalLM(config).save_pretrained(folder)
+    model = load_causal_lm(ModelFiles(folder), LoadSettings(dtype="float32"))
+    assert model.config._attn_implementation == {"gemma2": "eager", "llama": "sdpa"}[architecture]
+
+
+# --- Reward models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_score_head_computes_in_float32_whatever_its_base_does(tiny_model, tokenizer, dtype):
+    scorer = load_reward_model(ModelFiles(tiny_model), LoadSettings(dtype=dtype), tokenizer=tokenizer, seed=3)
+    assert scorer.get_input_embeddings().weight.dtype == getattr(torch, dtype)
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"].to(scorer.device)
+    with torch.inference_mode():
+        states = scorer.model(ids)[0][:, -1]
+        scores = [scorer(ids).logits]
+        with torch.autocast(scorer.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            scores.append(scorer(ids).logits)
+    assert states.dtype == getattr(torch, dtype)
+    assert {s.dtype for s in scores} == {torch.float32}
+    torch.testing.assert_close(scores[0], states.float() @ scorer.score.weight.T, rtol=1e-5, atol=1e-6)
 
 
 # --- Code that comes with a model -------------------------------------------------------------------------------------

@@ -10,14 +10,15 @@ from alignment.chat import answer_ids
 from alignment.errors import UserError
 from alignment.generation import SamplingSettings, generate
 from alignment.likelihood import label_log_probs
-from alignment.methods import METHODS, Training
+from alignment.methods import METHODS, Training, orpo
 from alignment.methods.dpo import DpoConfig, train_dpo
+from alignment.methods.orpo import OrpoConfig, train_orpo
 from alignment.models import LoadSettings, LoraSettings, ModelFiles, load_causal_lm, load_reward_model, load_tokenizer
 from alignment.progress import SILENT
 from alignment.records import Conversation, Message, PreferencePair, Problem, Prompt
 from alignment.reward import RewardConfig, score_pairs, train_reward_model
 from alignment.sft import SftConfig, nats_per_token, train_sft
-from alignment.training import OptimSettings
+from alignment.training import OptimSettings, run_trainer
 from resources.model_sources import BaseModelConfig, fetch_model, resolve_source
 
 pytest.importorskip("bitsandbytes")
@@ -179,7 +180,7 @@ def test_small_steps_of_a_score_head_are_not_lost_either(tiny_model, nf4, tmp_pa
     train_reward_model(RewardConfig(lora=LORA, load=nf4, optim=optim), ModelFiles(tiny_model), PAIRS, [], **where)
     drawn = load_reward_model(ModelFiles(tiny_model), nf4, tokenizer=load_tokenizer(tiny_model), seed=optim.seed)
     (head,) = (value for name, value in only_an_adapter_is_in(where["out"] / "model").items() if "score" in name)
-    assert head.dtype == getattr(torch, nf4.dtype)  # as the base, which it is used on
+    assert head.dtype == torch.float32
     steps = (head.float() - drawn.score.weight.bfloat16().float()).abs()
     assert (steps > 2e-4).float().mean() > 0.9
     assert steps.max() < 2e-3
@@ -315,6 +316,21 @@ def test_ppo_with_a_model_for_each_role_trains_new_adapters_over_full_4_bit_mode
     trained, _ = METHODS["ppo"].train(config, Training(models, assets, ["any"], **where, log=SILENT))
     assert trained.steps == 2
     only_an_adapter_is_in(where["out"] / "model")
+
+
+def test_orpo_leaves_what_is_frozen_in_the_bases_precision(tiny_model, nf4, tmp_path_factory, monkeypatch):
+    """TRL's trainer casts norms, embeddings and head to float32, and with them the states between the layers."""
+    frozen = {}
+
+    def run(trainer, *args):
+        frozen.update({name: p.dtype for name, p in trainer.model.named_parameters() if not p.requires_grad})
+        return run_trainer(trainer, *args)
+
+    monkeypatch.setattr(orpo, "run_trainer", run)
+    config = OrpoConfig(load=nf4, lora=LORA, optim=SHORT["optim"])
+    train_orpo(config, ModelFiles(tiny_model), PAIRS, **folders(tmp_path_factory, "orpo"))
+    assert {dtype for dtype in frozen.values() if dtype != torch.uint8} == {getattr(torch, nf4.dtype)}
+    assert torch.uint8 in frozen.values()
 
 
 def test_dpo_learns_the_pairs(sft, nf4, tmp_path_factory):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers.models.llama import modeling_llama
 
 import alignment.methods.ppo as ppo
 from alignment.chat import conversation_ids, prompt_ids
@@ -26,6 +27,7 @@ from alignment.training import OptimSettings
 DIGITS = "0123"
 QUESTIONS = [f"question {i}" for i in range(4)]
 TASKS = [Task(({"role": "user", "content": q},), "2") for q in QUESTIONS]
+ANSWERED = [[*t.messages, {"role": "assistant", "content": d}] for t in TASKS for d in DIGITS]
 LORA = LoraSettings(target_modules=["all-linear"], dropout=0.05)
 REWARD_LORA = LORA.model_copy(update={"dropout": 0.0})
 
@@ -235,9 +237,8 @@ def test_one_base_and_four_models_give_the_same_policy(train, scorer, largest_di
 
 def test_the_shared_scorer_gives_the_reward_models_scores(sft, scorer, float32):
     tokenizer = load_tokenizer(sft.base)
-    conversations = [[*t.messages, {"role": "assistant", "content": d}] for t in TASKS for d in DIGITS]
-    alone = score(load_reward_model(scorer, float32, tokenizer=tokenizer), tokenizer, conversations, 5)
-    shared = score(roles_of(sft, scorer, float32).scorer, tokenizer, conversations, 5)
+    alone = score(load_reward_model(scorer, float32, tokenizer=tokenizer), tokenizer, ANSWERED, 5)
+    shared = score(roles_of(sft, scorer, float32).scorer, tokenizer, ANSWERED, 5)
     assert shared == pytest.approx(alone, abs=1e-5)
 
 
@@ -314,6 +315,54 @@ def test_full_models_are_trained_as_four(train, base):
         assert curve(trained, "objective/kl")[0] == 0
         assert curve(trained, "objective/kl")[1] != 0
         assert [p.name for p in folder.rglob("*.safetensors")] == [weights]
+
+
+def test_rewards_over_a_16_bit_base_are_float32_numbers(sft, scorer):
+    half, tokenizer = LoadSettings(dtype="bfloat16"), load_tokenizer(sft.base)
+    shared, alone = roles_of(sft, scorer, half).scorer, load_reward_model(scorer, half, tokenizer=tokenizer)
+    scores = [torch.tensor(score(model, tokenizer, ANSWERED, 5)) for model in (shared, alone)]
+    for rewards in scores:
+        assert (rewards != rewards.bfloat16()).float().mean() > 0.9
+    torch.testing.assert_close(*scores, rtol=0.05, atol=0.05)
+
+
+def test_full_models_compute_in_16_bit_and_keep_their_weights_in_32(base, scorer):
+    roles = roles_of(base, scorer, LoadSettings(dtype="bfloat16"), full=True, critic_from_reward=False)
+    batch, tokenizer, computed = Sequences.of([([5, 9, 30], [50, 60])], 0, "cpu"), load_tokenizer(base.base), []
+    for role in (roles.policy, roles.reference, roles.critic):
+        model = role._model
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: computed.append(out.dtype))
+        role.values(batch) if role is roles.critic else role.log_probs(batch, 1.0)
+        assert set(computed) == {torch.bfloat16}
+        computed.clear()
+    with roles.policy.sampling() as model:
+        generate(model, tokenizer, [list(TASKS[0].messages)], SamplingSettings(temperature=0, max_new_tokens=4))
+    assert set(computed) == {torch.bfloat16}
+    assert roles.scorer.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_full_models_train_in_16_bit_too(train, base):
+    half = LoadSettings(dtype="bfloat16")
+    trained, metrics, _ = train(start=base, finetuning="full", load=half, steps=2, learning_rate=1e-3)
+    assert metrics["train/ratio_first"] == 1
+    assert curve(trained, "objective/kl")[0] == 0
+    assert curve(trained, "objective/kl")[1] != 0
+
+
+def test_passes_that_nobody_goes_on_from_gather_no_keys_and_values(sft, scorer, float32, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a cache")
+
+    monkeypatch.setattr(modeling_llama, "DynamicCache", forbidden)
+    roles, tokenizer = roles_of(sft, scorer, float32), load_tokenizer(sft.base)
+    batch = Sequences.of([([5, 9, 30], [50, 60])], 0, "cpu")
+    roles.policy.log_probs(batch, 1.0)[0].sum().backward()
+    roles.critic.values(batch).sum().backward()
+    told = ANSWERED[:1]
+    for model in (roles.scorer, load_reward_model(scorer, float32, tokenizer=tokenizer)):
+        score(model, tokenizer, told, 1)
+    answer_log_probs(load_causal_lm(sft, float32), tokenizer, [told[0][:1]], ["0"], 1)
 
 
 def test_all_weights_of_an_adapter_cannot_be_trained(train):

@@ -59,7 +59,7 @@ def test_no_row_goes_without_a_token_of_its_own():
 def test_logits_after_a_kept_beginning_are_those_of_the_whole_row(model, tokenizer):
     rows = [*prompts(tokenizer, "a", "what is a leap year", "xy"), [5, 6, 7]]
     with torch.inference_mode():
-        read = Prefixes(model).with_beginnings_of(rows, 0)
+        read = Prefixes(model).with_beginnings_of(rows, 0, 4)
         assert [read.length_of(row) for row in rows] == [50, 50, 50, 0]
         for left in (True, False):
             batch = read.open(rows, 0, room=0, left=left, least=1)
@@ -128,6 +128,20 @@ def test_scores_are_those_of_texts_read_alone(tiny_model, tokenizer, float32):
     assert sum(n * t for n, t in read) < 12 * len("why is the sky blue? " * 4)  # the question alone, twelve times, is more
     assert together == pytest.approx([score(scorer, tokenizer, [text], 1)[0] for text in texts], abs=1e-4)
     assert together == score(scorer, tokenizer, texts[::-1], 4)[::-1]
+
+
+@pytest.mark.parametrize("kept", [2**30, 1])
+def test_no_more_texts_are_read_at_once_than_a_batch_holds(tiny_model, tokenizer, float32, monkeypatch, kept):
+    scorer = load_reward_model(ModelFiles(tiny_model), float32, tokenizer=tokenizer, seed=3)
+    questions = [{"role": "user", "content": f"{i} why is the sky blue? " * 2} for i in range(8)]
+    texts = [[question, {"role": "assistant", "content": answer}] for question in questions for answer in ("yes", "no it is not")]
+    read = []
+    scorer.get_input_embeddings().register_forward_hook(lambda module, inputs, out: read.append(inputs[0].shape[0]))
+    monkeypatch.setattr(prefixes, "KEPT_BYTES", kept)
+    together = score(scorer, tokenizer, texts, 2)
+    # Eight texts of two rows each, after what is read first: the opening of all, then the questions until that is too much.
+    assert read == ([1, 2, 2, 2, 2] if kept > 1 else [1]) + [2] * 8
+    assert together == pytest.approx([score(scorer, tokenizer, [text], 1)[0] for text in texts], abs=1e-4)
 
 
 def test_a_model_whose_layers_look_at_a_window_reads_everything(tokenizer, float32):

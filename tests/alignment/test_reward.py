@@ -134,9 +134,15 @@ def bfloat16(train):
     return train(load=LoadSettings(dtype="bfloat16"))
 
 
-def test_nor_does_it_in_bfloat16(bfloat16):
-    _, metrics, _, _ = bfloat16
+@pytest.mark.parametrize("finetuning", ["lora", "full"])
+def test_nor_does_it_in_bfloat16_where_rewards_are_float32_numbers_too(bfloat16, train, finetuning):
+    import torch
+
+    full = {"load": LoadSettings(dtype="bfloat16"), "finetuning": "full", "train": TRAIN[:16]}
+    _, metrics, table, _ = bfloat16 if finetuning == "lora" else train(**full)
     assert metrics["reload/score_gap"] == 0
+    rewards = torch.tensor([row["reward_chosen"] for row in table])
+    assert (rewards != rewards.bfloat16()).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -167,7 +173,7 @@ def test_small_steps_of_the_score_head_are_not_lost_over_a_16_bit_base(train, co
     _, _, _, folder = train(load=half, optim=optim)
     drawn = load_reward_model(ModelFiles(tiny_model), half, tokenizer=load_tokenizer(tiny_model), seed=optim.seed)
     (head,) = (w for name, w in load_file(folder / "adapter_model.safetensors").items() if "score" in name)
-    assert head.dtype == torch.bfloat16  # as the base, which it is used on
+    assert head.dtype == torch.float32
     assert ((head - drawn.score.weight).abs() > 2e-4).float().mean() > 0.9
 
 

@@ -167,3 +167,10 @@ def test_a_model_without_held_out_pairs_is_calibrated_on_its_training_pairs_and_
     assert table == []
     calibration = Scorer.load(scorer_files(folder)).calibration
     assert (calibration.fitted_on, calibration.pairs) == ("train", len(TRAIN))
+
+
+def test_a_tokenizer_with_code_of_its_own_is_trusted_where_the_settings_say_so(lora, tokenizers_with_code):
+    files, trusting = scorer_files(lora[0]), LoadSettings(dtype="float32", trust_remote_code=True)
+    assert 1 <= Scorer.load(files, trusting).score(*ANSWERS[0]) <= 10
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        Scorer.load(files)

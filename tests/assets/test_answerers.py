@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from alignment.critic import AnswererSettings, LocalAnswerer
+from alignment.critique import CritiqueConfig
 from alignment.errors import UserError
-from alignment.handles import Checkpoint
+from alignment.handles import Checkpoint, RewardModel
 from alignment.models import LoadSettings, ModelFiles
 from alignment.tiny_model import build_tiny_model
-from assets.answerers import answerers
+from assets.answerers import answerers, who_revises
 from resources.endpoint import EndpointAnswerer
 
 LOCAL, BASE = AnswererSettings(), AnswererSettings(source="base_model")
@@ -46,3 +47,13 @@ def test_an_answerer_is_identified_by_what_it_is(store, tmp_path):
 def test_the_base_of_a_model_fine_tuned_in_full_cannot_be_told(store, tmp_path):
     with pytest.raises(UserError, match=r"source: base_model cannot be told.*Remedy"):
         chosen(store, tmp_path, checkpoint=handle("full"), critic=BASE)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_trusted_where_the_settings_say_so(store, tmp_path, tokenizers_with_code):
+    config = CritiqueConfig(load=LoadSettings(dtype="float32", trust_remote_code=True))
+    checkpoint = handle("sft", adapter_of=handle("base"))
+    reward_model = RewardModel(asset="human_reward_model", fingerprint="reward", mlflow_run_id="r")
+    sampler, _, _ = who_revises(config, checkpoint, reward_model, store, tmp_path)
+    assert sampler.identity == "sft"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        chosen(store, tmp_path, critic=LOCAL)

@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.errors import UserError
@@ -204,6 +207,14 @@ def test_a_bad_pad_token_is_an_error_where_no_other_is_known(model, tmp_path):
     assert load_tokenizer(tmp_path / "named").pad_token == "<|nothing|>"
 
 
+@pytest.mark.parametrize("unused", ["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"])
+def test_llama_3_pads_with_a_token_that_it_does_not_use(model, tmp_path, unused):
+    replace_everywhere(model, "<|endoftext|>", unused)
+    set_tokenizer(model, pad_token=None)
+    fetch(local(model), tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").pad_token == unused
+
+
 def test_naming_eos_as_pad_token_is_refused(model, tmp_path):
     with pytest.raises(UserError, match=r"must exist and differ from EOS.*Remedy"):
         fetch(local(model, pad_token="<|im_end|>"), tmp_path / "out")
@@ -233,6 +244,14 @@ def test_a_model_without_chat_template_needs_one(model, tmp_path):
     (model / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"no chat template\. Remedy: name one .*base_model\.chat_template"):
         fetch(local(model), tmp_path / "out")
+
+
+def test_a_models_own_template_that_cannot_be_trained_with_is_refused_at_once(model, tmp_path):
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant\\n'", "<|im_start|>assistant\\n<think>'"))
+    with pytest.raises(UserError, match=r"base_model\.chat_template: the template of the model itself: .*from the whole.*chatml"):
+        fetch(local(model), tmp_path / "out")
+    fetch(local(model, chat_template="chatml"), tmp_path / "replaced")
 
 
 # --- wheels -----------------------------------------------------------------------------------------------------------
@@ -369,3 +388,52 @@ def test_a_name_that_no_hub_could_have_is_the_same_error(offline):
 def test_a_hub_model_in_the_local_cache_works_offline(offline, template):
     assert offline.cached["identity"] == f"hub:someone/tiny@{COMMIT}"
     assert generate(offline.folder) == generate(template)
+
+
+# --- the Hub, as far as this module asks it ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(model, tmp_path, monkeypatch):
+    """A Hub with `model`; its snapshot holds what was downloaded."""
+    snapshot = tmp_path / "snapshot"
+
+    def download(name, *, revision, allow_patterns, ignore_patterns):
+        names = [path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()]
+        for wanted in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (snapshot / wanted).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(model / wanted, snapshot / wanted)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=COMMIT))
+    return snapshot
+
+
+HUB = BaseModelConfig(source="hub", name="someone/tiny")
+
+
+def test_weights_are_downloaded_once_and_in_one_form(hub, model, tmp_path):
+    (model / "consolidated.safetensors").write_bytes(b"the weights in another form")
+    (model / "checkpoint").mkdir()
+    (model / "checkpoint" / "model.safetensors").write_bytes(b"older weights")
+    fetch(HUB, tmp_path / "out")
+    assert [path.relative_to(hub).as_posix() for path in hub.rglob("*.safetensors")] == ["model.safetensors"]
+    assert generate(tmp_path / "out") == generate(model)
+
+
+def test_what_is_wrong_with_a_tokenizer_is_said_before_the_weights_are_downloaded(hub, model, tmp_path):
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match=r"base_model\.chat_template: .*Remedy"):
+        fetch(HUB, tmp_path / "out")
+    assert hub.exists()
+    assert not list(hub.glob("*.safetensors"))
+
+
+def test_a_licence_that_was_not_accepted_is_one_clear_error(hub, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise GatedRepoError("403", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ModelSourceError, match=r"someone/tiny: only those who accepted its licence.*Remedy.*HF_TOKEN"):
+        fetch(HUB, tmp_path / "out")
