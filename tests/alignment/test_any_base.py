@@ -4,6 +4,7 @@ The bare models here are a small GPT-2 and a small Llama, trained for a second o
 `<|endoftext|>`, which is BOS and EOS at once. The Llama does not tie its vocabulary head to its embeddings.
 """
 
+import functools
 import json
 import math
 import os
@@ -367,25 +368,31 @@ def scorer(base, stage, float32):
     return metrics, ModelFiles(base[1], folder)
 
 
-@pytest.fixture(scope="session", params=["reward_model", "sft"])
-def ppo(request, sft, scorer, stage, float32):
-    """What PPO is called with, for each start of the critic, and what comes of it undisturbed."""
-    config = PpoConfig(
-        load=float32,
-        steps=3,
-        batch_size=8,
-        learning_rate=1e-3,
-        critic_learning_rate=1e-3,
-        critic_start=request.param,
-        sampling=SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=8),
-        save_every=1,
-    )
-    arguments = (config, sft[1], scorer[1], [Task((c.messages[0].model_dump(),)) for c in CONVERSATIONS])
-    return arguments, *stage(train_ppo, *arguments)
+@pytest.fixture(scope="session")
+def ppo(sft, scorer, stage, float32):
+    """By the start of the critic: what PPO is called with, and what comes of it undisturbed; trained once."""
+
+    @functools.cache
+    def run(critic_start):
+        config = PpoConfig(
+            load=float32,
+            steps=3,
+            batch_size=8,
+            learning_rate=1e-3,
+            critic_learning_rate=1e-3,
+            critic_start=critic_start,
+            sampling=SamplingSettings(temperature=1.0, top_k=0, max_new_tokens=8),
+            save_every=1,
+        )
+        arguments = (config, sft[1], scorer[1], [Task((c.messages[0].model_dump(),)) for c in CONVERSATIONS])
+        return arguments, *stage(train_ppo, *arguments)
+
+    return run
 
 
-def test_ppo_starts_at_its_reference_and_trains(ppo):
-    _, trained, metrics, _ = ppo
+@pytest.mark.parametrize("critic_start", ["reward_model", "sft"])
+def test_ppo_starts_at_its_reference_and_trains(ppo, critic_start):
+    _, trained, metrics, _ = ppo(critic_start)
     assert metrics["train/ratio_first"] == pytest.approx(1, abs=1e-5)
     assert trained.curves["objective/kl"][0][1] == pytest.approx(0, abs=1e-5)
     assert trained.curves["objective/kl"][-1][1] != 0
@@ -393,9 +400,12 @@ def test_ppo_starts_at_its_reference_and_trains(ppo):
 
 # Bases with added tokens, in matrices that are tied and that are not, each with another start of the critic; kills of PPO over a
 # base without them are in `test_ppo.py`.
-@pytest.mark.parametrize(("base", "ppo"), [("gpt2-chatml", "reward_model"), ("llama-chatml", "sft")], indirect=True)
-def test_a_killed_ppo_ends_like_one_that_was_not(ppo, stage, recording_steps, tmp_path):
-    arguments, calm, _, _ = ppo
+KILLED = {"gpt2-chatml": "reward_model", "llama-chatml": "sft"}
+
+
+@pytest.mark.parametrize("base", KILLED, indirect=True)
+def test_a_killed_ppo_ends_like_one_that_was_not(base, ppo, stage, recording_steps, tmp_path):
+    arguments, calm, _, _ = ppo(KILLED[base[0]])
     with pytest.raises(Killed):
         stage(train_ppo, *arguments, folder=tmp_path, log=recording_steps)
     resumed, _, _ = stage(train_ppo, *arguments, folder=tmp_path)
