@@ -254,7 +254,7 @@ class _Loop:
         for k in range(len(principles[0])):
             asked = [self._asked(p, current[i], principles[i][k]) for i, p in enumerate(prompts)]
             said = self._critiques(prompts, asked, k)
-            refused = {i for i, critique in said.items() if not critique.text and not critique.ended}
+            refused = {i for i, critique in said.items() if not (critique.text or critique.tokens or critique.ended)}
             faulty = [i for i in everyone if i in said and i not in refused and not finds_nothing(said[i].text)]
             requests = [
                 [
