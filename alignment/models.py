@@ -308,7 +308,8 @@ def save_model(
     if not kwargs:
         mark_trained(model)
     if dtype is not None and not kwargs:
-        model = model.to(dtype)
+        for parameter in model.parameters():  # not buffers: a loaded model has its rotary frequencies in float32, too
+            parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
     model.save_pretrained(str(folder), **kwargs)
     tokenizer.save_pretrained(str(folder))
