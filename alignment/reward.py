@@ -272,7 +272,9 @@ def score(
     for first in range(0, len(alike), _BATCHES_READ_TOGETHER * batch_size):
         near = alike[first : first + _BATCHES_READ_TOGETHER * batch_size]
         with torch.inference_mode():
-            read = Prefixes(model).with_beginnings_of([ids[i] for i in near], pad, batch_size)
+            read = Prefixes(model)
+            if batch_size > 1:  # one at a time, a score depends on no other row, to the last bit
+                read = read.with_beginnings_of([ids[i] for i in near], pad, batch_size)
             order = sorted(near, key=lambda i: len(ids[i]) - read.length_of(ids[i]))
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]

@@ -35,6 +35,7 @@ from alignment.reward import RewardConfig, train_reward_model
 from alignment.rewards import RewardWeights, Task, problem_task
 from alignment.sft import NothingToTrain, SftConfig, train_sft
 from alignment.training import OptimSettings
+from resources.tracking import flatten
 
 QUESTIONS = [f"question {i}" for i in range(12)]
 CONSTANT = {"scheduler": "constant", "warmup_ratio": 0.0}
@@ -562,7 +563,7 @@ def revised(tiny_model, folders):
                 SimpleNamespace(partition_key="general"), config, **given, store=store, tracking=None, dvc=None
             )
         outcome = stage.compute(SimpleNamespace(folder=places["work"], out=places["out"]), SILENT)
-        return {**outcome.metrics, **stage.bounds}
+        return {**flatten(stage.config.model_dump()), **outcome.metrics}
 
     return run
 

@@ -304,28 +304,37 @@ def test_models_of_their_own_share_no_layers(train):
     falls_back(train(share_base=False, steps=1), "a model of its own")
 
 
-def test_a_layer_that_reads_another_ones_cache_is_found_out(train, monkeypatch):
-    original = LlamaDecoderLayer.forward
+@pytest.fixture
+def last_layer(monkeypatch):
+    """Has the last layer of a Llama do more: `then(states, together)` with its states and whether the first ran in this pass."""
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
-        out = original(self, hidden_states, *args, past_key_values=past_key_values, **kwargs)
-        if self.self_attn.layer_idx == LAYERS - 1 and past_key_values is not None:
-            out = out + out.roll(1, -1) * past_key_values.layers[0].get_seq_length()
-        return out
+    def becomes(then):
+        original, first = LlamaDecoderLayer.forward, []
 
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+        def forward(self, hidden_states, *args, position_embeddings, **kwargs):
+            if self.self_attn.layer_idx == 0:
+                first[:] = [position_embeddings]  # made anew in each pass
+            if self.self_attn.layer_idx == LAYERS - 1:
+                hidden_states = then(hidden_states, bool(first) and first[0] is position_embeddings)
+            return original(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+
+    return becomes
+
+
+def test_a_layer_that_reads_what_another_one_left_is_found_out(train, last_layer):
+    last_layer(lambda states, together: states + states.roll(1, -1) * together)
     falls_back(train(steps=1), "hidden states differ by")
 
 
-def test_a_layer_that_cannot_run_alone_is_found_out(train, monkeypatch):
-    original = LlamaDecoderLayer.forward
+def test_a_layer_that_cannot_run_alone_is_found_out(train, last_layer):
+    def needs_the_first(states, together):
+        if not together:
+            raise KeyError("what the first layer leaves")
+        return states
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
-        if self.self_attn.layer_idx == LAYERS - 1 and past_key_values is not None:
-            hidden_states = hidden_states + past_key_values.layers[0].keys.mean()
-        return original(self, hidden_states, *args, past_key_values=past_key_values, **kwargs)
-
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    last_layer(needs_the_first)
     falls_back(train(steps=1), "cannot be run from its middle")
 
 

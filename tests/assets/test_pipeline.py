@@ -245,7 +245,8 @@ def test_data_sets_are_inputs_with_the_md5_that_dvc_has_for_the_file(first, sand
         # And what learns from these data sets.
         "sft_checkpoint": demonstrations,
         "evaluator": preferences,
-        "aligned_policy/dpo": preferences,
+        "aligned_policy/orpo": preferences,
+        "aligned_policy/dpo": [],  # learns from no human pair here
         "aligned_policy/grpo": ["prompts", "reasoning"],
     }
     for asset, files in read.items():
@@ -321,8 +322,7 @@ def test_records_name_their_inputs_by_fingerprint(first):
         assert inputs[asset]
         assert set(inputs[asset].values()) <= known
     assert inputs["aligned_policy/dpo"] == {
-        name: first.metadata(name)["fingerprint"]
-        for name in ("sft_checkpoint", "constitutional_preference_pairs", "human_preferences")
+        name: first.metadata(name)["fingerprint"] for name in ("sft_checkpoint", "constitutional_preference_pairs")
     }
 
 
