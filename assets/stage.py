@@ -284,6 +284,14 @@ def peak_memory_gb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
 
 
+def peak_gpu_memory_gb() -> dict[str, float]:
+    """The most GPU memory that tensors of this process took at once so far, in GB, by its name; nothing where it uses no GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {"peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3)}
+
+
 def _step_info(context: dg.AssetExecutionContext, asset: str) -> StepInfo:
     run = context.run
     ui = os.environ.get("DAGSTER_UI_URL", "http://127.0.0.1:3000")
@@ -363,6 +371,7 @@ def _metadata(
         "reused": reused,
         "seconds": round(seconds, 2),
         "peak_memory_gb": peak_memory_gb(),
+        **peak_gpu_memory_gb(),
         "mlflow_run": dg.MetadataValue.url(tools.tracking.run_url(attempt.run_id)),
         "mlflow_run_id": attempt.run_id,
         "artifact": dg.MetadataValue.path(str(tools.store.path(handle))),

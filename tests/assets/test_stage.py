@@ -4,8 +4,10 @@ from: the commit, and the version of the data."""
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -17,7 +19,7 @@ from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
 from alignment.handles import Checkpoint, DataSource, PromptSet, SftReport
 from alignment.models import Config, LoadSettings
 from assets.settings import GPU_POOL
-from assets.stage import Outcome, Stage, Tools, data_version, git_commit, materialize
+from assets.stage import Outcome, Stage, Tools, data_version, git_commit, materialize, peak_gpu_memory_gb
 from resources.artifacts import ArtifactStore, Work
 from resources.dvc_data import DvcData
 from resources.gpus import VISIBLE
@@ -286,3 +288,12 @@ def test_the_commit_of_the_checkout_is_known_and_whether_it_was_changed(tmp_path
     assert git_commit.__wrapped__() == head
     (folder / "stage.py").write_text("two")
     assert git_commit.__wrapped__() == f"{head}-dirty"
+
+
+def test_gpu_memory_is_reported_where_a_gpu_is_used_and_nowhere_else(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace()))
+    for used, told in ((True, {"peak_gpu_memory_gb": 1.5}), (False, {})):
+        sys.modules["torch"].cuda = SimpleNamespace(is_initialized=lambda used=used: used, max_memory_allocated=lambda: 1.5e9)
+        assert peak_gpu_memory_gb() == told
+    monkeypatch.delitem(sys.modules, "torch")
+    assert peak_gpu_memory_gb() == {}
