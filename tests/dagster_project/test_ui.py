@@ -60,16 +60,20 @@ def test_it_starts_the_servers_that_are_missing_and_ends_them_however_often_it_i
     def told():
         return {path.stem: path.read_text().splitlines() for path in tmp_path.glob("*.told")}
 
-    until = time.monotonic() + 60
-    while len(told()) < len(expected):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    servers = psutil.Process(process.pid).children()
-    for _ in range(signals):
-        time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    try:
+        until = time.monotonic() + 60
+        while len(told()) < len(expected):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        servers = psutil.Process(process.pid).children()
+        for _ in range(signals):
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+    finally:
+        process.terminate()  # with its servers, where the test did not come to that
+        process.wait(30)
     assert told() == expected
     assert len(servers) == len(expected)
     assert not any(child.is_running() for child in servers)
